@@ -1,0 +1,161 @@
+"""What a backend is: an answer to "will you run this call?", and the raw functions, without autograd.
+
+The linear and convolution functions here are the ``cached`` plan, shared by every backend whose own work is the
+elementwise part: one effective weight, then the vendor's matrix product or convolution. A backend with a kernel that
+fuses the mask into the product overrides them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks import MaskKind
+
+
+class Call(NamedTuple):
+    """The facts of one call that decide which backend runs it."""
+
+    op: str
+    device: str
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    kind: str
+    plan: str | None = None
+    num_dims: int = 2
+    is_same_shape: bool = True
+
+
+@dataclass(frozen=True)
+class ConvArgs:
+    """Geometry of a 2-D convolution: pairs of ints, padding already symmetric."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients the caller wants."""
+
+    x: bool
+    weight: bool
+    scores: bool
+    bias: bool
+
+
+class Backend:
+    """One way to run the ops. ``refuse`` returns None (it will run the call) or the reason why not, in words."""
+
+    name: str
+
+    def refuse(self, call: Call) -> str | None:
+        raise NotImplementedError
+
+    # --- elementwise ----------------------------------------------------------------------------------------------
+
+    def effective_weight(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(weight * m in ``dtype`` with weight's strides, sum of m over weights as a 0-d tensor); into ``out`` if given."""
+        raise NotImplementedError
+
+    def effective_weights(
+        self, weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtypes: list[torch.dtype],
+        out: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The same for many tensors: (list of w_eff, penalties [L])."""
+        pairs = []
+        for i, (weight, score) in enumerate(zip(weights, scores, strict=True)):
+            w_eff, penalty = self.effective_weight(weight, score, beta, kind, dtypes[i])
+            pairs.append((w_eff if out is None else out[i].copy_(w_eff), penalty))
+        if not pairs:
+            return [], beta.new_zeros(0)
+        return [w_eff for w_eff, _ in pairs], torch.stack([penalty for _, penalty in pairs])
+
+    def grad_scores(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(ds = sum over the score's weights of grad_w_eff*weight*slope + grad_penalty*penalty_slope,
+        dW = grad_w_eff*m). ``may_overwrite``: the memory of grad_w_eff may be used for the result."""
+        raise NotImplementedError
+
+    def add_penalty_grad_(
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
+        kind: MaskKind,
+    ) -> None:
+        """grads += lam * weights_per_score * penalty_slope, in place."""
+        raise NotImplementedError
+
+    # --- linear ---------------------------------------------------------------------------------------------------
+
+    def masked_linear(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        plan: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(out, penalty, the effective weight to keep for the backward pass or None: it is made again there)."""
+        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype)
+        return F.linear(x, w_eff, bias), penalty, None if plan == "fused" else w_eff
+
+    def masked_linear_backward(
+        self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+        beta: Tensor, w_eff: Tensor | None, kind: MaskKind, needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients (x, weight, scores, bias); None for what is not needed or has no gradient."""
+        grad_x = grad_bias = grad_w_eff = None
+        if grad_out is not None:
+            rows = grad_out.reshape(-1, grad_out.shape[-1])
+            if needs.x:
+                if w_eff is None:
+                    w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
+                grad_x = grad_out.matmul(w_eff)
+            if needs.weight or (needs.scores and kind.is_trainable):
+                columns = x.reshape(-1, x.shape[-1])
+                if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
+                    grad_w_eff = columns.t().mm(rows).t()
+                else:
+                    grad_w_eff = rows.t().mm(columns)
+            if needs.bias:
+                grad_bias = rows.sum(0)
+        grad_scores, grad_weight = self.grad_scores(
+            grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
+        )
+        return grad_x, grad_weight, grad_scores, grad_bias
+
+    # --- convolution ----------------------------------------------------------------------------------------------
+
+    def masked_conv2d(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
+        kind: MaskKind, plan: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As masked_linear."""
+        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype)
+        out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+        return out, penalty, None if plan == "fused" else w_eff
+
+    def masked_conv2d_backward(
+        self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+        beta: Tensor, w_eff: Tensor | None, args: ConvArgs, kind: MaskKind, needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """As masked_linear_backward."""
+        grad_x = grad_bias = grad_w_eff = None
+        if grad_out is not None:
+            if w_eff is None:
+                w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
+            wants_weight = needs.weight or (needs.scores and kind.is_trainable)
+            grad_x, grad_w_eff, grad_bias = torch.ops.aten.convolution_backward(
+                grad_out, x, w_eff, [weight.shape[0]], list(args.stride), list(args.padding), list(args.dilation),
+                False, [0, 0], args.groups, [needs.x, wants_weight, needs.bias],
+            )
+        grad_scores, grad_weight = self.grad_scores(
+            grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
+        )
+        return grad_x, grad_weight, grad_scores, grad_bias

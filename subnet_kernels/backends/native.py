@@ -1,0 +1,144 @@
+"""Our C++ (and CUDA C++) kernels through the extension ``subnet_kernels._C``: backends ``cpu`` and ``cuda``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from ..masks import MaskKind
+from .base import Backend, Call
+
+_KIND_CODES = {"sigmoid": 0, "hard": 1}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_bump = torch.autograd.graph.increment_version
+
+
+@functools.cache
+def load_error() -> str | None:
+    """None if the extension is loaded, else why not. The first call loads it."""
+    try:
+        importlib.import_module("subnet_kernels._C")
+    except ImportError as error:
+        return f"the compiled extension subnet_kernels._C is not available ({error}); reinstall with a C++ compiler"
+    return None
+
+
+def is_available() -> bool:
+    """Whether the compiled extension is loaded."""
+    return load_error() is None
+
+
+@functools.cache
+def has_cuda_kernels() -> bool:
+    """Whether the extension was built with nvcc and this torch has CUDA."""
+    return is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("subnet_native::effective_weights", "CUDA")
+
+
+def _with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
+    return grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(weight)
+
+
+class NativeBackend(Backend):
+    """Vendor matrix products, and our one-pass kernels for everything elementwise. ``name`` is the device type."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refuse(self, call: Call) -> str | None:
+        if (reason := load_error()) is not None:
+            return reason
+        if call.device != self.name:
+            return f"weight is on {call.device}"
+        if call.weight_dtype not in _DTYPES or call.compute_dtype not in _DTYPES:
+            return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
+        if call.kind not in _KIND_CODES:
+            return f"kind {call.kind!r} is not built here yet"
+        if call.num_dims > 4 or call.num_dims < 1:
+            return f"a weight with {call.num_dims} dimensions is not built here (1 to 4 are)"
+        if call.plan == "fused":
+            return "plan 'fused' is not built here yet (a matrix product with the mask inside); use plan='cached'"
+        if self.name == "cuda":
+            if not has_cuda_kernels():
+                return "the extension was built without CUDA kernels (no nvcc then) or torch has no CUDA"
+            if call.op not in ("effective_weight", "effective_weights"):
+                return f"{call.op} is not built in CUDA C++ yet"
+            if not call.is_same_shape:
+                return "scores coarser than weight are not built in CUDA C++ yet"
+        return None
+
+    def effective_weight(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not _is_dense(weight):
+            weight = weight.contiguous()
+        if out is None:
+            w_eff, penalty = torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
+        else:
+            w_eff, penalty = out
+        if w_eff.stride() == weight.stride():
+            torch.ops.subnet_native.effective_weight(weight, scores, beta, _KIND_CODES[kind.name], w_eff, penalty)
+        else:
+            dense = torch.empty_like(weight, dtype=dtype)
+            torch.ops.subnet_native.effective_weight(weight, scores, beta, _KIND_CODES[kind.name], dense, penalty)
+            w_eff.copy_(dense)
+        if out is not None:
+            _bump((w_eff, penalty))
+        return w_eff, penalty
+
+    def effective_weights(
+        self, weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtypes: list[torch.dtype],
+        out: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        weights = [w if _is_dense(w) else w.contiguous() for w in weights]
+        penalties = torch.empty(len(weights), dtype=torch.float32, device=beta.device)
+        w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
+        if out is not None:
+            w_effs = [o if o.stride() == w.stride() else w for o, w in zip(out, w_effs, strict=True)]
+        torch.ops.subnet_native.effective_weights(weights, scores, beta, _KIND_CODES[kind.name], w_effs, penalties)
+        if out is not None:
+            for given, made in zip(out, w_effs, strict=True):
+                given.copy_(made) if given is not made else _bump(given)
+            return out, penalties
+        return w_effs, penalties
+
+    def grad_scores(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        wants_scores = needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None)
+        wants_weight = needs_weight and grad_w_eff is not None
+        if not wants_scores and not wants_weight:
+            return None, None
+        if not _is_dense(weight):
+            weight = weight.contiguous()
+        if grad_w_eff is not None:
+            grad_w_eff = _with_strides_of(weight, grad_w_eff)
+        can_reuse = (
+            may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == torch.float32
+            and grad_w_eff.shape == scores.shape and grad_w_eff.stride() == scores.stride()
+        )
+        grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
+        assert grad_scores is not None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        torch.ops.subnet_native.grad_scores(
+            grad_w_eff, grad_penalty, weight, scores, beta, _KIND_CODES[kind.name], grad_scores, grad_weight
+        )
+        return grad_scores if wants_scores else None, grad_weight
+
+    def add_penalty_grad_(
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
+        kind: MaskKind,
+    ) -> None:
+        torch.ops.subnet_native.add_penalty_grad(
+            grads, scores, weights_per_score, beta, lam, _KIND_CODES[kind.name]
+        )
+        for grad in grads:
+            _bump(grad)

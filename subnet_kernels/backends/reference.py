@@ -1,0 +1,60 @@
+"""The specification: plain PyTorch on any device and dtype. Every other backend is tested against this one in fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..masks import MaskKind, expand_scores, sum_to_scores, weights_per_score
+from .base import Backend, Call
+
+
+def _accumulate_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def refuse(self, call: Call) -> str | None:
+        return None
+
+    def effective_weight(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
+        penalty = kind.penalty(scores, beta).sum() * weights_per_score(tuple(weight.shape), tuple(scores.shape))
+        masked = (weight.to(_accumulate_dtype(weight)) * m).to(dtype)
+        if out is not None:
+            return out[0].copy_(masked), out[1].copy_(penalty)
+        w_eff = torch.empty_like(weight, dtype=dtype)  # weight's strides
+        return w_eff.copy_(masked), penalty
+
+    def grad_scores(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        accumulate = _accumulate_dtype(weight)
+        grad_scores = grad_weight = None
+        if grad_w_eff is not None:
+            grad_w_eff = grad_w_eff.to(accumulate)
+        if needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None):
+            grad_scores = torch.zeros_like(scores)
+            if grad_w_eff is not None:
+                per_score = sum_to_scores(grad_w_eff * weight.to(accumulate), tuple(scores.shape))
+                grad_scores += per_score * kind.slope(scores, beta)
+            if grad_penalty is not None:
+                count = weights_per_score(tuple(weight.shape), tuple(scores.shape))
+                grad_scores += grad_penalty * (count * kind.penalty_slope(scores, beta))
+        if needs_weight and grad_w_eff is not None:
+            m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
+            grad_weight = (grad_w_eff * m).to(weight.dtype)
+        return grad_scores, grad_weight
+
+    def add_penalty_grad_(
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
+        kind: MaskKind,
+    ) -> None:
+        for grad, score, count in zip(grads, scores, weights_per_score, strict=True):
+            grad.add_(kind.penalty_slope(score, beta).to(grad.dtype), alpha=lam * count)

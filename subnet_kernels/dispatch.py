@@ -1,0 +1,125 @@
+"""Which backend runs a call: the first, in the device's order of preference, that does not refuse.
+
+Nothing is probed at import; no environment variable steers anything. :func:`use_backend` forces one for a block of
+code, :func:`explain` says in words what would run and why the others would not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+from .backends.base import Backend, Call
+from .backends.native import NativeBackend
+from .backends.reference import ReferenceBackend
+
+
+class _NotBuilt(Backend):
+    """A backend whose name is promised and whose code is not here yet."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+
+    def refuse(self, call: Call) -> str | None:
+        return self.reason
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": ReferenceBackend(),
+    "cpu": NativeBackend("cpu"),
+    "triton": _NotBuilt("triton", "the Triton kernels are not part of this version yet"),
+    "cuda": NativeBackend("cuda"),
+}
+_ORDER: dict[str, tuple[Backend, ...]] = {
+    "cpu": (BACKENDS["cpu"], BACKENDS["reference"]),
+    "cuda": (BACKENDS["cuda"], BACKENDS["triton"], BACKENDS["reference"]),
+}
+_OTHER_DEVICES: tuple[Backend, ...] = (BACKENDS["reference"],)
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("subnet_kernels_backend", default=None)
+
+
+class BackendRefused(RuntimeError):
+    """A backend that was asked for by name can't run the call; the message says why."""
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on the backend ``name``: "reference", "cpu", "triton" or "cuda".
+
+    A call that this backend can't run raises :class:`BackendRefused` with the reason; it never falls back. The backward
+    pass of a call runs on the backend of its forward pass, wherever it happens.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    token = _forced.set(_check_name(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The name given to the enclosing use_backend, if any."""
+    return _forced.get()
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(call: Call, name: str | None) -> Backend:
+    if name is not None:
+        backend = BACKENDS[_check_name(name)]
+        reason = backend.refuse(call)
+        if reason is not None:
+            raise BackendRefused(f"backend {name!r} refused {call.op}: {reason}")
+        return backend
+    for backend in _ORDER.get(call.device, _OTHER_DEVICES):
+        if backend.refuse(call) is None:
+            return backend
+    raise AssertionError("the reference backend refuses nothing")
+
+
+def choose(call: Call, name: str | None = None) -> Backend:
+    """The backend that runs ``call``: the one named, else the one of the enclosing use_backend, else the best.
+
+    Raises:
+        BackendRefused: the named backend can't run it.
+        ValueError: no backend has that name.
+    """
+    return _choose(call, name or _forced.get())
+
+
+def describe(call: Call, name: str | None = None) -> str:
+    """The decision for ``call`` in words, one line per backend."""
+    name = name or _forced.get()
+    order = list(_ORDER.get(call.device, _OTHER_DEVICES))
+    candidates = order if name is None else [BACKENDS[_check_name(name)]]
+    others = [b for b in BACKENDS.values() if b not in candidates]
+    chosen: Backend | None = None
+    lines = []
+    for backend in candidates:
+        reason = backend.refuse(call)
+        if reason is not None:
+            lines.append(f"  {backend.name}: refused: {reason}")
+        elif chosen is None:
+            chosen = backend
+            lines.append(f"  {backend.name}: runs")
+        else:
+            lines.append(f"  {backend.name}: could run, {chosen.name} comes first on {call.device}")
+    for backend in others:
+        why = f"does not serve {call.device}" if name is None else f"{name!r} was asked for by name"
+        lines.append(f"  {backend.name}: not tried: {why}")
+    plan = call.plan or "cached"
+    head = f"{call.op} on {call.device}: " + (
+        f"backend {chosen.name}, plan {plan}" if chosen else "no backend runs it (the call would raise)"
+    )
+    return "\n".join([head, *lines])

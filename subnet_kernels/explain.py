@@ -1,0 +1,54 @@
+"""explain(): which backend and plan an op call would use, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .backends.base import Call
+from .dispatch import describe
+from .ops import checks
+
+_WITH_X = ("masked_linear", "masked_conv2d")
+_OPS = ("effective_weight", "effective_weights", *_WITH_X)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """In words: which backend and plan would run ``op(*args, **kwargs)``, and why each other would not. Runs nothing.
+
+    Args:
+        op: "effective_weight", "effective_weights", "masked_linear" or "masked_conv2d".
+        args, kwargs: what the op would be called with.
+
+    Raises:
+        ValueError: no op has that name, or an argument that decides is missing or does not fit.
+
+    Example:
+        >>> import torch
+        >>> print(explain("masked_linear", torch.ones(1, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64),
+        ...               torch.zeros(2, 3, dtype=torch.float64), 1.0).splitlines()[0])
+        masked_linear on cpu: backend reference, plan cached
+    """
+    if op not in _OPS:
+        raise ValueError(f"explain: op must be one of {list(_OPS)}, got {op!r}")
+    names = ("x", "weight", "scores") if op in _WITH_X else ("weight", "scores")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if op == "effective_weights":
+        given = {"weight": (given.get("weights") or given["weight"])[0], "scores": given["scores"][0], **kwargs}
+    for name in names:
+        if not isinstance(given.get(name), Tensor):
+            raise ValueError(f"explain: {op} needs the tensor {name}, got {type(given.get(name)).__name__}")
+    weight, scores = given["weight"], given["scores"]
+    checks.check_weight_and_scores(op, weight, scores)
+    compute = checks.cast_for_autocast(given["x"], checks.autocast_dtype(given["x"])).dtype if "x" in given else (
+        kwargs.get("dtype") or weight.dtype)  # fmt: skip
+    kind = checks.check_kind(op, kwargs.get("kind", "sigmoid"))
+    call = Call(
+        op, weight.device.type, weight.dtype, compute, kind.name, kwargs.get("plan"), weight.dim(),
+        weight.shape == scores.shape,
+    )  # fmt: skip
+    note = ""
+    if weight.shape == scores.shape and weight.stride() != scores.stride():
+        note = "\n  note: scores have other strides than weight and are read with strides, slower; give them weight's"
+    return describe(call, kwargs.get("backend")) + note

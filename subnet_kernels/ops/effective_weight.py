@@ -1,0 +1,261 @@
+"""``w_eff = weight * mask`` and the mask's penalty, for one tensor or for a whole model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.base import Call
+from ..dispatch import BackendRefused, choose, forced_backend
+from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
+from . import checks
+from .registry import register_op
+
+
+def call_of(
+    op: str, weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, plan: str | None = None
+) -> Call:
+    """The facts of one call, for dispatch."""
+    return Call(
+        op, weight.device.type, weight.dtype, dtype, kind, plan, weight.dim(), weight.shape == scores.shape
+    )
+
+
+def is_transformed(op: str, backend: str | None = None) -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is at work: then the plain expression runs, which every
+    transform can take apart, and only the reference backend can serve it.
+
+    Raises:
+        BackendRefused: another backend was asked for by name.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    name = backend or forced_backend()
+    if name not in (None, "reference"):
+        raise BackendRefused(f"backend {name!r} refused {op}: torch.func transforms run on the reference backend")
+    return True
+
+
+def plain_effective_weight(
+    weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same in plain differentiable PyTorch."""
+    m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
+    penalty = kind.penalty(scores, beta).sum() * weights_per_score(tuple(weight.shape), tuple(scores.shape))
+    return (weight.to(scores.dtype) * m).to(dtype), penalty
+
+
+def no_gradient(like: Tensor) -> Tensor:
+    """Stands for None in the results of a registered backward op, whose schema knows tensors only."""
+    return like.new_empty(0)
+
+
+def some(tensor: Tensor, wanted: bool) -> Tensor | None:
+    return tensor if wanted else None
+
+
+# --- eager: an autograd.Function, the least overhead -----------------------------------------------------------------
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> Any:
+        backend = choose(call_of("effective_weight", weight, scores, kind.name, dtype))
+        ctx.backend, ctx.kind = backend, kind
+        ctx.save_for_backward(weight, scores, beta)
+        ctx.set_materialize_grads(False)
+        return backend.effective_weight(weight, scores, beta, kind, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_w_eff: Tensor | None, grad_penalty: Tensor | None) -> Any:
+        weight, scores, beta = ctx.saved_tensors
+        grad_scores, grad_weight = ctx.backend.grad_scores(
+            grad_w_eff, grad_penalty, weight, scores, beta, ctx.kind,
+            needs_scores=ctx.needs_input_grad[1], needs_weight=ctx.needs_input_grad[0],
+        )
+        return grad_weight, grad_scores, None, None, None
+
+
+# --- registered: torch.compile ---------------------------------------------------------------------------------------
+
+
+def _implementation(
+    weight: Tensor, scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None,
+    dtype: torch.dtype, backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    chosen = choose(call_of("effective_weight", weight, scores, kind, dtype), backend)
+    return chosen.effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
+
+
+def _fake(weight, scores, beta, kind, params, key, dtype, backend):  # noqa: ANN001, ANN202 (the implementation's)
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
+
+
+def _backward_implementation(
+    grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor, kind: str,
+    params: list[float], key: Tensor | None, backend: str | None, needs_scores: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = weight.dtype if grad_w_eff is None else grad_w_eff.dtype
+    chosen = choose(call_of("effective_weight", weight, scores, kind, dtype), backend)
+    grad_scores, grad_weight = chosen.grad_scores(
+        grad_w_eff, grad_penalty, weight, scores, beta, as_kind(kind, params), needs_scores, needs_weight
+    )
+    return (
+        no_gradient(scores) if not needs_scores else torch.zeros_like(scores) if grad_scores is None else grad_scores,
+        no_gradient(weight) if not needs_weight else torch.zeros_like(weight) if grad_weight is None else grad_weight,
+    )
+
+
+def _backward_fake(  # noqa: ANN202
+    grad_w_eff, grad_penalty, weight, scores, beta, kind, params, key, backend, needs_scores, needs_weight  # noqa: ANN001
+):
+    return (
+        torch.empty_like(scores) if needs_scores else no_gradient(scores),
+        torch.empty_like(weight) if needs_weight else no_gradient(weight),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    weight, scores, beta, kind, params, key, _dtype, backend = inputs
+    ctx.save_for_backward(weight, scores, beta, key)
+    ctx.rest = kind, params, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_w_eff: Tensor | None, grad_penalty: Tensor | None) -> Any:
+    weight, scores, beta, key = ctx.saved_tensors
+    kind, params, backend = ctx.rest
+    needs_weight, needs_scores = ctx.needs_input_grad[:2]
+    if grad_w_eff is None and grad_penalty is None:
+        return (None,) * 8
+    grad_scores, grad_weight = _backward_op(
+        grad_w_eff, grad_penalty, weight, scores, beta, kind, params, key, backend, needs_scores, needs_weight
+    )
+    return some(grad_weight, needs_weight), some(grad_scores, needs_scores), *(None,) * 6
+
+
+_backward_op = register_op(
+    "effective_weight_backward",
+    "(Tensor? grad_w_eff, Tensor? grad_penalty, Tensor weight, Tensor scores, Tensor beta, str kind, float[] params, "
+    "Tensor? key, str? backend, bool needs_scores, bool needs_weight) -> (Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+_op = register_op(
+    "effective_weight",
+    "(Tensor weight, Tensor scores, Tensor beta, str kind, float[] params, Tensor? key, ScalarType dtype, "
+    "str? backend) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+    _backward,
+    _setup_context,
+)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def effective_weight(
+    weight: Tensor, scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoid",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(w_eff, penalty)`` with ``w_eff = (weight.float() * sigmoid(beta*scores)).to(dtype)`` and ``penalty = mask.sum()``.
+
+    The PyTorch lines it equals: ``m = torch.sigmoid(beta * scores); w_eff = weight * m; penalty = m.sum()``, in one pass
+    over memory.
+
+    Args:
+        weight: fp32, bf16, fp16 or fp64, of any shape with 1 to 4 dimensions (more on the reference backend). A dense
+            tensor in any memory order (transposed, channels_last) is read as it lies.
+        scores: fp32 (fp64 beside an fp64 weight), weight's number of dimensions; each size divides weight's: one score
+            governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d.
+        beta: inverse temperature; a float (checked: finite and >= 0) or a 0-d tensor on the scores' device (not read).
+        kind: "sigmoid", "hard" (m = 1[s > 0]) or a MaskKind.
+        dtype: of w_eff; weight's if None.
+
+    Returns:
+        w_eff with weight's shape and strides, and penalty, 0-d in scores' dtype: the sum of m over *weights*. Both are
+        ordinary autograd outputs; gradients reach scores and, where it requires grad, weight.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and what fits.
+
+    Accuracy: one rounding to ``dtype``; mask values within 2 units in the last place of fp32.
+    Source: Savarese et al. 2020 (arXiv 1912.04427), section 3.
+
+    Example:
+        >>> import torch
+        >>> w_eff, penalty = effective_weight(torch.ones(2, 2), torch.zeros(2, 2), 1.0)
+        >>> w_eff.tolist(), penalty.item()
+        ([[0.5, 0.5], [0.5, 0.5]], 2.0)
+    """
+    op = "effective_weight"
+    checks.check_weight_and_scores(op, weight, scores)
+    mask_kind = checks.check_kind(op, kind)
+    beta = checks.beta_tensor(op, beta, scores)
+    if dtype is None:
+        dtype = weight.dtype
+    elif dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype must be a floating point dtype, got {dtype}")
+    if is_transformed(op):
+        return plain_effective_weight(weight, scores, beta, mask_kind, dtype)
+    if torch.compiler.is_compiling():
+        return _op(weight, scores, beta, mask_kind.name, mask_kind.params(), None, dtype, None)
+    return _EffectiveWeight.apply(weight, scores, beta, mask_kind, dtype)
+
+
+def effective_weights(
+    weights: Sequence[Tensor], scores: Sequence[Tensor], beta: Tensor | float, *, kind: str | MaskKind = "sigmoid",
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """``([w_eff of each], penalty of all)``: :func:`effective_weight` for a whole model in one call (one launch on a GPU).
+
+    Args:
+        weights, scores: equally long lists; each pair as in effective_weight, all on one device.
+        beta, kind, dtype: as in effective_weight, shared by all.
+
+    Returns:
+        The list of effective weights and the sum of all penalties (0-d; 0 for empty lists).
+
+    Where a gradient is wanted this is :func:`effective_weight` per tensor, so that each keeps only what it needs.
+
+    Raises:
+        ValueError, TypeError: as effective_weight, and for lists of different length.
+    """
+    op = "effective_weights"
+    weights, scores = list(weights), list(scores)
+    checks.check_same_number(op, weights=weights, scores=scores)
+    mask_kind = checks.check_kind(op, kind)
+    if not weights:
+        return [], torch.zeros(())
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *scores))
+    devices = {w.device for w in weights if isinstance(w, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: all weights must be on one device, got {sorted(map(str, devices))}")
+    if needs_grad or torch.compiler.is_compiling() or is_transformed(op) or len({w.dtype for w in weights}) > 1:
+        pairs = [
+            effective_weight(w, s, beta, kind=mask_kind, dtype=dtype) for w, s in zip(weights, scores, strict=True)
+        ]
+        return [w_eff for w_eff, _ in pairs], torch.stack([penalty for _, penalty in pairs]).sum()
+    for weight, score in zip(weights, scores, strict=True):
+        checks.check_weight_and_scores(op, weight, score)
+    beta = checks.beta_tensor(op, beta, scores[0])
+    w_effs, penalties = effective_weights_raw(weights, scores, beta, mask_kind, dtype or weights[0].dtype)
+    return w_effs, penalties.sum()
+
+
+def effective_weights_raw(
+    weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+    out: list[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Without checks or autograd: (list of w_eff, penalties [L]); into ``out`` if given. All of one dtype and device."""
+    op = "effective_weights"
+    calls = {call_of(op, w, s, kind.name, dtype) for w, s in zip(weights, scores, strict=True)}
+    backends = {choose(call) for call in calls}
+    backend = backends.pop() if len(backends) == 1 else choose(next(iter(calls)), "reference")
+    return backend.effective_weights(weights, scores, beta, kind, [dtype] * len(weights), out)

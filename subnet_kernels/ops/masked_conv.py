@@ -1,0 +1,282 @@
+"""2-D convolution with ``weight * mask``, with the mask's penalty as a by-product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.base import Backend, ConvArgs, Needs
+from ..dispatch import choose
+from ..masks import MaskKind, as_kind
+from . import checks
+from .effective_weight import call_of, is_transformed, no_gradient, plain_effective_weight, some
+from .masked_linear import Settings
+from .registry import register_op
+
+IntOrPair = int | tuple[int, int] | list[int]
+
+
+def _forward(
+    backend: Backend, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    kind, plan, _, slot, _ = settings
+    if slot is None or plan == "fused":
+        return backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan)
+    w_eff, penalty = slot.get(weight, scores, beta, kind, x.dtype, backend)
+    out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+    return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
+
+
+# --- eager -----------------------------------------------------------------------------------------------------------
+
+
+class _MaskedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
+        settings: Settings,
+    ) -> Any:
+        backend = choose(call_of("masked_conv2d", weight, scores, settings.kind.name, x.dtype, settings.plan),
+                         settings.backend)  # fmt: skip
+        out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, args, settings)
+        ctx.backend, ctx.kind, ctx.args = backend, settings.kind, args
+        ctx.save_for_backward(x, weight, scores, beta, w_eff)
+        ctx.set_materialize_grads(False)
+        return (out, penalty) if settings.wants_penalty else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
+        x, weight, scores, beta, w_eff = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_conv2d_backward(
+            grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.args, ctx.kind,
+            Needs(wants[0], wants[1], wants[2], wants[4]),
+        )
+        return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
+
+
+def run_masked_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs, settings: Settings
+) -> Any:
+    """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
+    if torch.compiler.is_compiling():
+        kind = settings.kind
+        out, penalty, _ = _op(
+            x, weight, scores, beta, bias, args.stride, args.padding, args.dilation, args.groups, kind.name,
+            kind.params(), None, settings.plan, settings.backend,
+        )
+        return (out, penalty) if settings.wants_penalty else out
+    if is_transformed("masked_conv2d", settings.backend):
+        w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
+        out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+        return (out, penalty) if settings.wants_penalty else out
+    return _MaskedConv2d.apply(x, weight, scores, beta, bias, args, settings)
+
+
+# --- registered ------------------------------------------------------------------------------------------------------
+
+
+def _args(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> ConvArgs:
+    return ConvArgs((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def _implementation(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int, kind: str, params: list[float], key: Tensor | None,
+    plan: str | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = choose(call_of("masked_conv2d", weight, scores, kind, x.dtype, plan), backend)
+    args = _args(stride, padding, dilation, groups)
+    out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, as_kind(kind, params), plan)
+    return out, penalty, no_gradient(weight) if w_eff is None else w_eff
+
+
+def _fake(  # noqa: ANN202
+    x, weight, scores, beta, bias, stride, padding, dilation, groups, kind, params, key, plan, backend  # noqa: ANN001
+):
+    w_eff = torch.empty_like(weight, dtype=x.dtype)
+    out = F.conv2d(x, w_eff, bias, stride, padding, dilation, groups)
+    return torch.empty_like(out), torch.empty_like(beta), no_gradient(weight) if plan == "fused" else w_eff
+
+
+def _backward_implementation(
+    grad_out: Tensor, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor,
+    w_eff: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int, kind: str,
+    params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose(call_of("masked_conv2d", weight, scores, kind, x.dtype), backend)
+    grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_conv2d_backward(
+        grad_out, grad_penalty, x, weight, scores, beta, w_eff, _args(stride, padding, dilation, groups),
+        as_kind(kind, params), Needs(*needs),
+    )
+    return (
+        no_gradient(x) if grad_x is None else grad_x.contiguous(),
+        no_gradient(weight) if grad_weight is None else grad_weight,
+        no_gradient(scores) if not needs[2] else torch.zeros_like(scores) if grad_scores is None else grad_scores,
+        no_gradient(x) if grad_bias is None else grad_bias,
+    )
+
+
+def _backward_fake(  # noqa: ANN202
+    grad_out, grad_penalty, x, weight, scores, beta, w_eff, stride, padding, dilation, groups,  # noqa: ANN001
+    kind, params, key, backend, needs,  # noqa: ANN001
+):
+    return (
+        x.new_empty(x.shape) if needs[0] else no_gradient(x),
+        torch.empty_like(weight) if needs[1] else no_gradient(weight),
+        torch.empty_like(scores) if needs[2] else no_gradient(scores),
+        x.new_empty(weight.shape[0]) if needs[3] else no_gradient(x),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, scores, beta, _bias, stride, padding, dilation, groups, kind, params, key, plan, backend = inputs
+    ctx.save_for_backward(x, weight, scores, beta, None if plan == "fused" else output[2], key)
+    ctx.rest = stride, padding, dilation, groups, kind, params, backend
+    ctx.out_shape = output[0].shape
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, _grad_w_eff: Tensor | None) -> Any:
+    x, weight, scores, beta, w_eff, key = ctx.saved_tensors
+    stride, padding, dilation, groups, kind, params, backend = ctx.rest
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    if grad_out is None and grad_penalty is None:
+        return (None,) * 14
+    if grad_out is None:
+        grad_out = x.new_zeros(ctx.out_shape)
+    gradients = _backward_op(
+        grad_out, grad_penalty, x, weight, scores, beta, w_eff, stride, padding, dilation, groups, kind, params, key,
+        backend, needs,
+    )
+    grad_x, grad_weight, grad_scores, grad_bias = (some(g, n) for g, n in zip(gradients, needs, strict=True))
+    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 9
+
+
+_backward_op = register_op(
+    "masked_conv2d_backward",
+    "(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? w_eff, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str kind, float[] params, Tensor? key, "
+    "str? backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+_op = register_op(
+    "masked_conv2d",
+    "(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, str kind, float[] params, Tensor? key, str? plan, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+    _backward,
+    _setup_context,
+)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def _pair(name: str, value: IntOrPair, minimum: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
+        raise ValueError(f"masked_conv2d: {name} must be an int or a pair of ints >= {minimum}, got {value!r}")
+    return pair[0], pair[1]
+
+
+def resolve_conv_args(
+    x: Tensor, weight: Tensor, stride: IntOrPair, padding: IntOrPair | str, dilation: IntOrPair, groups: int
+) -> tuple[Tensor, ConvArgs]:
+    """(x, padded where "same" is lopsided, and the geometry in pairs); as F.conv2d resolves them."""
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"masked_conv2d: groups must divide weight's {weight.shape[0]} output channels, got {groups!r}")
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"masked_conv2d: padding='same' needs stride 1, got {stride}")
+        totals = [dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
+        extra = [total % 2 for total in totals]
+        if any(extra):
+            x = F.pad(x, (0, extra[1], 0, extra[0]))
+        padding = (totals[0] // 2, totals[1] // 2)
+    if isinstance(padding, str):
+        raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
+    return x, ConvArgs(stride, _pair("padding", padding, 0), dilation, groups)
+
+
+def check_masked_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor | None, groups: int, is_autocast: bool
+) -> None:
+    """The checks of :func:`masked_conv2d`, once for eager, compiled and layer calls."""
+    op = "masked_conv2d"
+    checks.check_weight_and_scores(op, weight, scores)
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: weight must have 4 dimensions [O, C/groups, KH, KW], got {checks.shape_of(weight)}")
+    checks.check_x(op, x, weight, is_autocast)
+    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{op}: x must be [B, C, H, W] or [C, H, W] with C = {weight.shape[1]}*groups = "
+            f"{weight.shape[1] * groups} channels (weight is {checks.shape_of(weight)}), got shape {checks.shape_of(x)}"
+        )
+    checks.check_bias(op, bias, weight.shape[0], x)
+
+
+def check_fits(x: Tensor, weight: Tensor, args: ConvArgs) -> None:
+    """The kernel must fit into the padded image."""
+    for i, side in enumerate(("height", "width")):
+        needed = args.dilation[i] * (weight.shape[2 + i] - 1) + 1
+        if x.shape[2 + i] + 2 * args.padding[i] < needed:
+            raise ValueError(
+                f"masked_conv2d: the kernel spans {needed} in {side}, more than x's padded {side} "
+                f"{x.shape[2 + i] + 2 * args.padding[i]}; use more padding or a smaller dilation"
+            )
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None,
+    stride: IntOrPair = 1, padding: IntOrPair | str = 0, dilation: IntOrPair = 1, groups: int = 1, *,
+    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(F.conv2d(x, weight * sigmoid(beta*scores), bias, stride, padding, dilation, groups), mask.sum())``.
+
+    Args:
+        x: [B, C, H, W] or [C, H, W], contiguous or channels_last; weight's dtype, unless autocast casts it.
+        weight: [O, C/groups, KH, KW], contiguous or channels_last (read as it lies).
+        scores: weight's shape or sizes that divide it ([O, 1, 1, 1]: one score per filter); fp32 (fp64 beside fp64).
+        beta, bias, kind, plan, backend: as in masked_linear; bias is [O].
+        stride, padding, dilation, groups: as in F.conv2d, padding "same" and "valid" included.
+
+    Returns:
+        out [B, O, OH, OW] (or [O, OH, OW]) and penalty, as masked_linear.
+
+    Raises:
+        ValueError, TypeError, BackendRefused: as masked_linear.
+
+    Accuracy and what is kept for backward: as masked_linear.
+
+    Example:
+        >>> import torch
+        >>> out, penalty = masked_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), torch.zeros(1, 1, 1, 1), 1.0)
+        >>> out.item(), penalty.item()
+        (4.5, 4.5)
+    """
+    op = "masked_conv2d"
+    checks.check_tensor(op, "x", x)
+    cast_to = checks.autocast_dtype(x)
+    x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
+    check_masked_conv2d(x, weight, scores, bias, groups, cast_to is not None)
+    mask_kind = checks.check_kind(op, kind)
+    checks.check_plan(op, plan)
+    beta = checks.beta_tensor(op, beta, scores)
+    is_single = x.dim() == 3
+    x, args = resolve_conv_args(x.unsqueeze(0) if is_single else x, weight, stride, padding, dilation, groups)
+    check_fits(x, weight, args)
+    out, penalty = run_masked_conv2d(x, weight, scores, beta, bias, args, Settings(mask_kind, plan, backend))
+    return (out.squeeze(0) if is_single else out), penalty

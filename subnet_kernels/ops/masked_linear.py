@@ -1,0 +1,237 @@
+"""``out = x @ (weight * mask).T + bias``, with the mask's penalty as a by-product."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.base import Backend, Needs
+from ..dispatch import choose
+from ..masks import MaskKind, as_kind
+from ..slots import Slot
+from . import checks
+from .effective_weight import call_of, is_transformed, no_gradient, plain_effective_weight, some
+from .registry import register_op
+
+
+class Settings(NamedTuple):
+    """What steers one call besides its tensors."""
+
+    kind: MaskKind
+    plan: str | None = None
+    backend: str | None = None
+    slot: Slot | None = None
+    wants_penalty: bool = True
+
+
+def _forward(
+    backend: Backend, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, penalty, effective weight to keep)"""
+    kind, plan, _, slot, _ = settings
+    if slot is None or plan == "fused":
+        return backend.masked_linear(x, weight, scores, beta, bias, kind, plan)
+    w_eff, penalty = slot.get(weight, scores, beta, kind, x.dtype, backend)
+    return F.linear(x, w_eff, bias), penalty.clone() if settings.wants_penalty else penalty, w_eff
+
+
+# --- eager -----------------------------------------------------------------------------------------------------------
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
+    ) -> Any:
+        backend = choose(call_of("masked_linear", weight, scores, settings.kind.name, x.dtype, settings.plan),
+                         settings.backend)  # fmt: skip
+        out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, settings)
+        ctx.backend, ctx.kind = backend, settings.kind
+        ctx.save_for_backward(x, weight, scores, beta, w_eff)
+        ctx.set_materialize_grads(False)
+        return (out, penalty) if settings.wants_penalty else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
+        x, weight, scores, beta, w_eff = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_linear_backward(
+            grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.kind,
+            Needs(wants[0], wants[1], wants[2], wants[4]),
+        )
+        return grad_x, grad_weight, grad_scores, None, grad_bias, None
+
+
+def run_masked_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
+) -> Any:
+    """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
+    if torch.compiler.is_compiling():
+        kind = settings.kind
+        out, penalty, _ = _op(
+            x, weight, scores, beta, bias, kind.name, kind.params(), None, settings.plan, settings.backend
+        )
+        return (out, penalty) if settings.wants_penalty else out
+    if is_transformed("masked_linear", settings.backend):
+        w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
+        out = F.linear(x, w_eff, bias)
+        return (out, penalty) if settings.wants_penalty else out
+    return _MaskedLinear.apply(x, weight, scores, beta, bias, settings)
+
+
+# --- registered ------------------------------------------------------------------------------------------------------
+
+
+def _implementation(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: str, params: list[float],
+    key: Tensor | None, plan: str | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = choose(call_of("masked_linear", weight, scores, kind, x.dtype, plan), backend)
+    out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, as_kind(kind, params), plan)
+    return out, penalty, no_gradient(weight) if w_eff is None else w_eff
+
+
+def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend):  # noqa: ANN001, ANN202
+    w_eff = no_gradient(weight) if plan == "fused" else torch.empty_like(weight, dtype=x.dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta), w_eff
+
+
+def _backward_implementation(
+    grad_out: Tensor, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor,
+    w_eff: Tensor | None, kind: str, params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose(call_of("masked_linear", weight, scores, kind, x.dtype), backend)
+    grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_linear_backward(
+        grad_out, grad_penalty, x, weight, scores, beta, w_eff, as_kind(kind, params), Needs(*needs)
+    )
+    return (
+        no_gradient(x) if grad_x is None else grad_x,
+        no_gradient(weight) if grad_weight is None else grad_weight,
+        no_gradient(scores) if not needs[2] else torch.zeros_like(scores) if grad_scores is None else grad_scores,
+        no_gradient(x) if grad_bias is None else grad_bias,
+    )
+
+
+def _backward_fake(  # noqa: ANN202
+    grad_out, grad_penalty, x, weight, scores, beta, w_eff, kind, params, key, backend, needs  # noqa: ANN001
+):
+    return (
+        x.new_empty(x.shape) if needs[0] else no_gradient(x),
+        torch.empty_like(weight) if needs[1] else no_gradient(weight),
+        torch.empty_like(scores) if needs[2] else no_gradient(scores),
+        x.new_empty(weight.shape[0]) if needs[3] else no_gradient(x),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, scores, beta, _bias, kind, params, key, plan, backend = inputs
+    ctx.save_for_backward(x, weight, scores, beta, None if plan == "fused" else output[2], key)
+    ctx.rest = kind, params, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, _grad_w_eff: Tensor | None) -> Any:
+    x, weight, scores, beta, w_eff, key = ctx.saved_tensors
+    kind, params, backend = ctx.rest
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    if grad_out is None and grad_penalty is None:
+        return (None,) * 10
+    if grad_out is None:
+        grad_out = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    gradients = _backward_op(
+        grad_out, grad_penalty, x, weight, scores, beta, w_eff, kind, params, key, backend, needs
+    )
+    grad_x, grad_weight, grad_scores, grad_bias = (some(g, n) for g, n in zip(gradients, needs, strict=True))
+    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 5
+
+
+_backward_op = register_op(
+    "masked_linear_backward",
+    "(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? w_eff, "
+    "str kind, float[] params, Tensor? key, str? backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+_op = register_op(
+    "masked_linear",
+    "(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, str kind, float[] params, Tensor? key, "
+    "str? plan, str? backend) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+    _backward,
+    _setup_context,
+)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def check_masked_linear(x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor | None, is_autocast: bool) -> None:
+    """The checks of :func:`masked_linear`, once for eager, compiled and layer calls."""
+    op = "masked_linear"
+    checks.check_weight_and_scores(op, weight, scores)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must have 2 dimensions [N, K], got {checks.shape_of(weight)}")
+    checks.check_x(op, x, weight, is_autocast)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x must have {weight.shape[1]} features in its last dimension (weight is "
+            f"{checks.shape_of(weight)}), got shape {checks.shape_of(x)}"
+        )
+    checks.check_bias(op, bias, weight.shape[0], x)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None, *,
+    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(x @ (weight * sigmoid(beta*scores)).T + bias, mask.sum())``.
+
+    The PyTorch lines it equals: ``m = torch.sigmoid(beta * scores); out = F.linear(x, weight * m, bias);
+    penalty = m.sum()``.
+
+    Args:
+        x: [..., K], fp32, bf16, fp16 or fp64; weight's dtype, unless autocast casts it.
+        weight: [N, K], contiguous or transposed (both are read as they lie).
+        scores: [N, K] or sizes that divide them ([N, 1]: one score per row, [1, K]: per column, [N/h, 1]: per head);
+            fp32 (fp64 beside an fp64 weight).
+        beta: inverse temperature; a float (finite, >= 0) or a 0-d tensor on the same device (its value is not read).
+        bias: [N] or None.
+        kind: "sigmoid", "hard" or a MaskKind.
+        plan: "cached" makes one effective weight and calls the vendor's matrix product; "fused" computes the mask where
+            it is used and keeps nothing of weight's size for the backward pass; None lets dispatch choose.
+        backend: the name of one, or None: use_backend's, else the best that does not refuse.
+
+    Returns:
+        out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask over
+        weights. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
+        Gradients reach x, scores, bias and weight where they require grad; not beta. Double backward raises.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which, what fits and what came.
+        BackendRefused: the backend that was asked for by name can't run the call.
+
+    Accuracy: the effective weight is rounded once, to the compute dtype; products accumulate in fp32.
+    Kept for backward: x, weight, scores and, with plan "cached", one effective weight.
+    Source: Savarese et al. 2020 (arXiv 1912.04427).
+
+    Example:
+        >>> import torch
+        >>> out, penalty = masked_linear(torch.ones(1, 3), torch.ones(2, 3), torch.zeros(2, 3), 1.0)
+        >>> out.tolist(), penalty.item()
+        ([[1.5, 1.5]], 3.0)
+    """
+    op = "masked_linear"
+    checks.check_tensor(op, "x", x)
+    cast_to = checks.autocast_dtype(x)
+    x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
+    check_masked_linear(x, weight, scores, bias, cast_to is not None)
+    mask_kind = checks.check_kind(op, kind)
+    checks.check_plan(op, plan)
+    beta = checks.beta_tensor(op, beta, scores)
+    return run_masked_linear(x, weight, scores, beta, bias, Settings(mask_kind, plan, backend))

@@ -1,0 +1,133 @@
+"""Slots: who owns an effective weight that outlives one call, and how staleness is noticed.
+
+A masked layer owns one :class:`Slot`: persistent buffers for its effective weight and penalty, and a key that says of
+which weight, scores, beta, kind and dtype they were made. Each use compares the key and refreshes if it differs, so that
+several uses between two optimizer steps (gradient accumulation, shared layers) cost one masking pass.
+
+The key holds memory addresses and version counters. Both can be fooled (a write through ``.data`` bumps nothing; a deep
+copy starts at version 0), therefore every optimizer step clears all slots unless the optimizer wrote them itself, a
+copied or unpickled slot is empty, layers clear theirs where tensors are replaced, and :meth:`Slot.is_exact` recomputes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .backends.base import Backend
+from .masks import MaskKind
+
+_generation = 0  # part of every key; raised to clear all slots at once
+_is_hook_registered = False
+
+
+def clear_all_slots() -> None:
+    """Make every slot stale."""
+    global _generation
+    _generation += 1
+
+
+def _after_any_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not getattr(optimizer, "writes_effective_weights", False):
+        clear_all_slots()
+
+
+def _register_hook_once() -> None:
+    global _is_hook_registered
+    if not _is_hook_registered:
+        register_optimizer_step_post_hook(_after_any_optimizer_step)
+        _is_hook_registered = True
+
+
+class Slot:
+    """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one masked weight."""
+
+    __slots__ = ("w_eff", "penalty", "_key", "__weakref__")
+
+    def __init__(self) -> None:
+        _register_hook_once()
+        self.w_eff: Tensor | None = None
+        self.penalty: Tensor | None = None
+        self._key: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()  # a copy, and what is read back from a file, is empty
+
+    def clear(self) -> None:
+        """Make this slot stale; its memory is kept for the next use."""
+        self._key = None
+
+    def release(self) -> None:
+        """Make this slot stale and give its memory back."""
+        self.w_eff = self.penalty = self._key = None
+
+    @staticmethod
+    def _key_of(weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (
+            _generation, weight.data_ptr(), weight._version, scores.data_ptr(), scores._version,
+            beta.data_ptr(), beta._version, kind, dtype, weight.stride(),
+        )  # fmt: skip
+
+    def is_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> bool:
+        """Whether the buffers hold the effective weight of exactly these."""
+        return self._key is not None and self._key == self._key_of(weight, scores, beta, kind, dtype)
+
+    def get(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        """(w_eff, penalty) of these, made by ``backend`` unless they are here already. Call it without grad.
+
+        In inference mode a stale slot is left alone and a temporary pair is returned: inference tensors can't be saved
+        for a later backward pass.
+        """
+        key = self._key_of(weight, scores, beta, kind, dtype) if not _is_unversioned(weight, scores, beta) else None
+        if key is not None and key == self._key:
+            assert self.w_eff is not None and self.penalty is not None
+            return self.w_eff, self.penalty
+        if key is None or torch.is_inference_mode_enabled():
+            return backend.effective_weight(weight, scores, beta, kind, dtype)
+        self._key = None
+        w_eff, penalty = backend.effective_weight(weight, scores, beta, kind, dtype, self.buffers(weight, beta, dtype))
+        self._key = key
+        return w_eff, penalty
+
+    def buffers(self, weight: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The buffers to write: the ones kept, or new ones where they do not fit or a pending backward pass holds them."""
+        kept = self.w_eff
+        fits = (
+            kept is not None and kept.dtype == dtype and kept.shape == weight.shape
+            and kept.stride() == weight.stride() and kept.device == weight.device
+            and kept._use_count() <= 1  # autograd holds another reference while a backward pass is pending
+        )
+        if not fits:
+            self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+            self.penalty = torch.empty_like(beta)
+        assert self.w_eff is not None and self.penalty is not None
+        return self.w_eff, self.penalty
+
+    def mark_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> None:
+        """Say that the buffers were just written from these (by a multi-tensor kernel or an optimizer)."""
+        self._key = self._key_of(weight, scores, beta, kind, dtype)
+
+    def is_exact(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend
+    ) -> bool:
+        """Whether the next use would see the effective weight that a fresh computation gives, bit for bit. A stale slot
+        is exact: its next use refreshes it."""
+        if not self.is_fresh(weight, scores, beta, kind, dtype):
+            return True
+        assert self.w_eff is not None
+        now, _ = backend.effective_weight(weight, scores, beta, kind, dtype)
+        return torch.equal(_bits(now), _bits(self.w_eff))
+
+
+def _is_unversioned(*tensors: Tensor) -> bool:
+    """Inference tensors have no version counter, so nothing can be keyed on them."""
+    return any(tensor.is_inference() for tensor in tensors)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32 if tensor.element_size() == 4 else torch.int64)
