@@ -1,0 +1,485 @@
+// The one file that sees PyTorch: checks arguments, fills params.h structs, owns threads and workspace, calls kernels.
+//
+// It uses the LibTorch stable ABI only, so that one file serves every PyTorch from 2.11 on. The ops carry no autograd;
+// subnet_kernels/ops/ holds the public functions, which check first and in the user's words.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "layout.h"
+
+namespace {
+
+using subnet::Dtype;
+using subnet::Kind;
+using subnet::Layout;
+using subnet::kChunk;
+using subnet::kGrain;
+using torch::stable::Tensor;
+
+// ---- checks
+
+struct View {
+  const char* name;
+  char* data;
+  int ndim;
+  const int64_t* size;
+  const int64_t* stride;
+  Dtype dtype;
+};
+
+std::string text(int ndim, const int64_t* values) {
+  std::string out = "[";
+  for (int d = 0; d < ndim; ++d) out += (d ? ", " : "") + std::to_string(values[d]);
+  return out + "]";
+}
+
+Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), op, ": ", name,
+                  " must be float32, bfloat16 or float16; use the reference backend for other dtypes");
+  return Dtype::float16;
+}
+
+View view_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  int32_t actual;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &actual));
+  STD_TORCH_CHECK(actual == device_type, op, ": ", name, " must be on the same device as the other tensors");
+  const auto size = tensor.sizes();
+  STD_TORCH_CHECK(size.size() <= (size_t)subnet::kMaxDims, op, ": ", name, " must have at most ", subnet::kMaxDims,
+                  " dimensions, got ", size.size());
+  return {name, static_cast<char*>(tensor.data_ptr()), (int)size.size(), size.data(), tensor.strides().data(),
+          dtype_of(op, name, tensor)};
+}
+
+View view_of_float32(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  const View view = view_of(op, name, tensor, device_type);
+  STD_TORCH_CHECK(view.dtype == Dtype::float32, op, ": ", name, " must be float32");
+  return view;
+}
+
+// A 0-d float32 tensor's place.
+float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  const View view = view_of_float32(op, name, tensor, device_type);
+  STD_TORCH_CHECK(view.ndim == 0, op, ": ", name, " must be 0-d, got shape ", text(view.ndim, view.size));
+  return reinterpret_cast<float*>(view.data);
+}
+
+void check_shape(const char* op, const View& view, const View& like) {
+  bool is_same = view.ndim == like.ndim;
+  for (int d = 0; is_same && d < view.ndim; ++d) is_same = view.size[d] == like.size[d];
+  STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have ", like.name, "'s shape ", text(like.ndim, like.size),
+                  ", got ", text(view.ndim, view.size));
+}
+
+int64_t numel(const View& view) { return subnet::count_elements(view.ndim, view.size); }
+
+// Bytes from the first to the last element.
+int64_t extent(const View& view) {
+  if (numel(view) == 0) return 0;
+  int64_t last = 0;
+  for (int d = 0; d < view.ndim; ++d) last += (view.size[d] - 1) * view.stride[d];
+  return (last + 1) * (view.dtype == Dtype::float32 ? 4 : 2);
+}
+
+void check_disjoint(const char* op, const View& out, const View& in) {
+  STD_TORCH_CHECK(out.data + extent(out) <= in.data || in.data + extent(in) <= out.data, op, ": ", out.name,
+                  " must not share memory with ", in.name);
+}
+
+void check_is_dense(const char* op, const View& weight) {
+  int order[subnet::kMaxDims];
+  STD_TORCH_CHECK(numel(weight) == 0 || subnet::storage_order(weight.ndim, weight.size, weight.stride, order) >= 0, op,
+                  ": ", weight.name, " must be dense in memory in some order of its dimensions, got shape ",
+                  text(weight.ndim, weight.size), " and strides ", text(weight.ndim, weight.stride),
+                  "; call .contiguous() first");
+}
+
+void check_strides(const char* op, const View& view, const View& weight) {
+  check_shape(op, view, weight);
+  STD_TORCH_CHECK(numel(weight) == 0 || subnet::same_strides(weight.ndim, weight.size, weight.stride, view.stride), op,
+                  ": ", view.name, " must have weight's strides ", text(weight.ndim, weight.stride), ", got ",
+                  text(view.ndim, view.stride));
+}
+
+void check_has_no_overlap(const char* op, const View& view) {
+  int order[subnet::kMaxDims];
+  int count = 0;
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.size[d] == 1) continue;
+    int at = count++;
+    for (; at > 0 && view.stride[order[at - 1]] > view.stride[d]; --at) order[at] = order[at - 1];
+    order[at] = d;
+  }
+  int64_t last = 0;
+  for (int at = 0; at < count; ++at) {
+    STD_TORCH_CHECK(view.stride[order[at]] > last, op, ": ", view.name,
+                    " must not hold one element at several indices, got strides ", text(view.ndim, view.stride));
+    last += (view.size[order[at]] - 1) * view.stride[order[at]];
+  }
+}
+
+// Each score size divides the weight's: one score governs a block of neighbours along each dimension.
+void check_scores(const char* op, const View& scores, const View& weight) {
+  bool is_valid = scores.ndim == weight.ndim;
+  for (int d = 0; is_valid && d < weight.ndim; ++d) {
+    const int64_t k = scores.size[d], n = weight.size[d];
+    is_valid = k == n || (k > 0 && n % k == 0);
+  }
+  STD_TORCH_CHECK(is_valid, op, ": scores must have weight's number of dimensions and sizes that divide weight's ",
+                  text(weight.ndim, weight.size), ", got ", text(scores.ndim, scores.size));
+}
+
+Kind kind_of(const char* op, int64_t kind) {
+  STD_TORCH_CHECK(kind == 0 || kind == 1, op, ": kind must be 0 (sigmoid) or 1 (hard), got ", kind);
+  return static_cast<Kind>(kind);
+}
+
+int32_t cpu() { return aoti_torch_device_type_cpu(); }
+
+// ---- threads and workspace
+
+template <class Body>
+void split(int64_t count, int64_t grain, const Body& body) {
+  if (count <= grain) {
+    if (count > 0) body((int64_t)0, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialized; small ones live on the stack.
+template <class T, int64_t kOnStack>
+class Workspace {
+ public:
+  explicit Workspace(int64_t count) : heap_(count > kOnStack ? new T[count] : nullptr) {}
+  T* data() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  T stack_[kOnStack];
+  std::unique_ptr<T[]> heap_;
+};
+
+using Partials = Workspace<double, 64>;
+using MaskBuffer = Workspace<float, 256>;
+
+double add_up(const double* partials, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += partials[i];
+  return sum;
+}
+
+// ---- effective_weight
+
+// Runs the kernels and returns the sum of m over weights.
+double run_effective_weight(subnet::EffectiveWeight params) {
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  const Layout& layout = *params.layout;
+  const int64_t num_chunks = ceil_div(layout.num_scores, kChunk);
+  Partials partials(num_chunks);
+  params.partials = partials.data();
+  if (layout.is_flat) {
+    split(num_chunks, kGrain / kChunk,
+          [&](int64_t begin, int64_t end) { kernels.effective_weight_flat(params, begin, end); });
+    return add_up(params.partials, num_chunks);
+  }
+  MaskBuffer mask(layout.num_scores);
+  params.mask = mask.data();
+  split(num_chunks, kGrain / kChunk,
+        [&](int64_t begin, int64_t end) { kernels.effective_weight_mask(params, begin, end); });
+  const int64_t inner = layout.loop_size[layout.loop_dims - 1];
+  split(layout.num_weights / inner, ceil_div(kGrain, inner),
+        [&](int64_t begin, int64_t end) { kernels.effective_weight_rows(params, begin, end); });
+  return add_up(params.partials, num_chunks) * (double)layout.weights_per_score;
+}
+
+float effective_weight_of(const char* op, const Tensor& weight_, const Tensor& scores_, float beta, Kind kind,
+                          const Tensor& w_eff_) {
+  const View weight = view_of(op, "weight", weight_, cpu());
+  const View scores = view_of_float32(op, "scores", scores_, cpu());
+  const View w_eff = view_of(op, "w_eff", w_eff_, cpu());
+  check_is_dense(op, weight);
+  check_scores(op, scores, weight);
+  check_strides(op, w_eff, weight);
+  check_disjoint(op, w_eff, weight);
+  check_disjoint(op, w_eff, scores);
+  if (numel(weight) == 0) return 0.0f;
+  const Layout layout =
+      subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, scores.stride);
+  subnet::EffectiveWeight params{};
+  params.weight = weight.data;
+  params.scores = reinterpret_cast<const float*>(scores.data);
+  params.w_eff = w_eff.data;
+  params.beta = beta;
+  params.kind = kind;
+  params.weight_dtype = weight.dtype;
+  params.w_eff_dtype = w_eff.dtype;
+  params.layout = &layout;
+  return (float)run_effective_weight(params);
+}
+
+void effective_weight(const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
+                      const Tensor& w_eff, const Tensor& penalty) {
+  const char* op = "effective_weight";
+  float* to = scalar_of(op, "penalty", penalty, cpu());
+  *to = effective_weight_of(op, weight, scores, *scalar_of(op, "beta", beta, cpu()), kind_of(op, kind), w_eff);
+}
+
+void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
+                       int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
+  const char* op = "effective_weights";
+  const View penalties = view_of_float32(op, "penalties", penalties_, cpu());
+  const int64_t num = (int64_t)weights.size();
+  STD_TORCH_CHECK(scores.size() == weights.size() && w_eff.size() == weights.size(), op,
+                  ": scores and w_eff must be lists as long as weights (", num, "), got ", scores.size(), " and ",
+                  w_eff.size());
+  STD_TORCH_CHECK(penalties.ndim == 1 && penalties.size[0] == num, op, ": penalties must have shape [", num,
+                  "], got ", text(penalties.ndim, penalties.size));
+  const float beta_value = *scalar_of(op, "beta", beta, cpu());
+  for (int64_t i = 0; i < num; ++i) {
+    reinterpret_cast<float*>(penalties.data)[i * penalties.stride[0]] =
+        effective_weight_of(op, weights[i], scores[i], beta_value, kind_of(op, kind), w_eff[i]);
+  }
+}
+
+// ---- grad_scores
+
+// How many parts the sums of coarse scores are made in: from the sizes alone, never from the number of threads.
+void choose_parts(const Layout& layout, subnet::GradScores& params) {
+  const int64_t outer = layout.loop_dims > 1 ? layout.loop_size[0] : 1;
+  int64_t parts = std::max<int64_t>(1, layout.num_weights / kGrain);
+  params.parts_share_scores = layout.loop_dims < 2 || layout.loop_stride[0] == 0;
+  if (params.parts_share_scores) parts = std::min<int64_t>({parts, 16, std::max<int64_t>(1, layout.weights_per_score / 4)});
+  params.num_parts = std::min(parts, outer);
+}
+
+void run_grad_scores_coarse(subnet::GradScores& params) {
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  const Layout& layout = *params.layout;
+  if (params.grad_weight != nullptr) {  // grad_w_eff * m, by the forward's kernels
+    subnet::EffectiveWeight product{};
+    product.weight = params.grad_w_eff;
+    product.scores = params.scores;
+    product.w_eff = params.grad_weight;
+    product.beta = params.beta;
+    product.kind = params.kind;
+    product.weight_dtype = params.grad_w_eff_dtype;
+    product.w_eff_dtype = params.weight_dtype;
+    product.layout = params.layout;
+    run_effective_weight(product);
+  }
+  choose_parts(layout, params);
+  const bool needs_sums = params.grad_w_eff != nullptr && params.kind != Kind::hard;
+  if (!needs_sums) params.grad_w_eff = nullptr;
+  Workspace<double, 128> sums(needs_sums ? layout.num_scores * (params.parts_share_scores ? params.num_parts : 1) : 0);
+  params.sums = sums.data();
+  if (needs_sums) {
+    split(params.num_parts, 1, [&](int64_t begin, int64_t end) { kernels.grad_scores_reduce(params, begin, end); });
+  }
+  split(layout.num_scores, kGrain,
+        [&](int64_t begin, int64_t end) { kernels.grad_scores_finish(params, begin, end); });
+}
+
+// A layout that only walks scores and their gradients.
+Layout layout_of_scores(const View& scores, const View& grads) {
+  int order[subnet::kMaxDims];
+  if (subnet::storage_order(grads.ndim, grads.size, grads.stride, order) >= 0) {
+    return subnet::make_layout(grads.ndim, grads.size, grads.stride, scores.size, scores.stride, grads.stride);
+  }
+  int64_t dense[subnet::kMaxDims];
+  int64_t stride = 1;
+  for (int d = scores.ndim - 1; d >= 0; --d) {
+    dense[d] = stride;
+    stride *= scores.size[d];
+  }
+  return subnet::make_layout(scores.ndim, scores.size, dense, scores.size, scores.stride, grads.stride);
+}
+
+void grad_scores(const std::optional<Tensor>& grad_w_eff_, const std::optional<Tensor>& grad_penalty_,
+                 const Tensor& weight_, const Tensor& scores_, const Tensor& beta, int64_t kind,
+                 const Tensor& grad_scores_, const std::optional<Tensor>& grad_weight_) {
+  const char* op = "grad_scores";
+  const View weight = view_of(op, "weight", weight_, cpu());
+  const View scores = view_of_float32(op, "scores", scores_, cpu());
+  const View grads = view_of_float32(op, "grad_scores", grad_scores_, cpu());
+  check_is_dense(op, weight);
+  check_scores(op, scores, weight);
+  check_shape(op, grads, scores);
+  check_has_no_overlap(op, grads);
+  check_disjoint(op, grads, weight);
+  check_disjoint(op, grads, scores);
+  subnet::GradScores params{};
+  params.weight = weight.data;
+  params.scores = reinterpret_cast<const float*>(scores.data);
+  params.grad_scores = reinterpret_cast<float*>(grads.data);
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.grad_penalty = grad_penalty_ ? *scalar_of(op, "grad_penalty", *grad_penalty_, cpu()) : 0.0f;
+  params.kind = kind_of(op, kind);
+  params.weight_dtype = weight.dtype;
+  std::optional<View> grad_w_eff;
+  if (grad_w_eff_) {
+    grad_w_eff = view_of(op, "grad_w_eff", *grad_w_eff_, cpu());
+    check_strides(op, *grad_w_eff, weight);
+    const bool is_in_place = grad_w_eff->data == grads.data && grad_w_eff->dtype == Dtype::float32 &&
+                             grads.ndim == weight.ndim &&
+                             subnet::same_strides(weight.ndim, weight.size, weight.stride, grads.stride) &&
+                             numel(grads) == numel(weight);
+    if (!is_in_place) check_disjoint(op, grads, *grad_w_eff);
+    params.grad_w_eff = grad_w_eff->data;
+    params.grad_w_eff_dtype = grad_w_eff->dtype;
+  }
+  if (grad_weight_) {
+    STD_TORCH_CHECK(grad_w_eff_, op, ": grad_weight needs grad_w_eff, got None");
+    const View grad_weight = view_of(op, "grad_weight", *grad_weight_, cpu());
+    check_strides(op, grad_weight, weight);
+    STD_TORCH_CHECK(grad_weight.dtype == weight.dtype, op, ": grad_weight must have weight's dtype");
+    for (const View& other : {weight, scores, grads, *grad_w_eff}) check_disjoint(op, grad_weight, other);
+    params.grad_weight = grad_weight.data;
+  }
+  if (numel(grads) == 0) return;
+  if (numel(weight) == 0) {  // scores that govern nothing
+    const Layout layout = layout_of_scores(scores, grads);
+    params.kind = Kind::hard;  // writes 0
+    params.grad_w_eff = nullptr;
+    params.layout = &layout;
+    subnet::cpu_kernels().grad_scores_finish(params, 0, layout.num_scores);
+    return;
+  }
+  const Layout layout =
+      subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, grads.stride);
+  params.layout = &layout;
+  if (!layout.is_flat) return run_grad_scores_coarse(params);
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(layout.num_weights, kGrain,
+        [&](int64_t begin, int64_t end) { kernels.grad_scores_flat(params, begin, end); });
+}
+
+// ---- add_penalty_grad
+
+void add_penalty_grad(const std::vector<Tensor>& grads_, const std::vector<Tensor>& scores_,
+                      const std::vector<int64_t>& weights_per_score, const Tensor& beta, double lam, int64_t kind) {
+  const char* op = "add_penalty_grad";
+  STD_TORCH_CHECK(scores_.size() == grads_.size() && weights_per_score.size() == grads_.size(), op,
+                  ": scores and weights_per_score must be lists as long as grads (", grads_.size(), "), got ",
+                  scores_.size(), " and ", weights_per_score.size());
+  subnet::AddPenaltyGrad params{};
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.kind = kind_of(op, kind);
+  for (size_t i = 0; i < grads_.size(); ++i) {
+    const View grads = view_of_float32(op, "grads", grads_[i], cpu());
+    const View scores = view_of_float32(op, "scores", scores_[i], cpu());
+    check_shape(op, grads, scores);
+    check_has_no_overlap(op, grads);
+    check_disjoint(op, grads, scores);
+    if (numel(scores) == 0) continue;
+    const Layout layout = layout_of_scores(scores, grads);
+    params.scores = reinterpret_cast<const float*>(scores.data);
+    params.grads = reinterpret_cast<float*>(grads.data);
+    params.scale = (float)(lam * (double)weights_per_score[i]);
+    params.layout = &layout;
+    const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+    split(layout.num_scores, kGrain,
+          [&](int64_t begin, int64_t end) { kernels.add_penalty_grad(params, begin, end); });
+  }
+}
+
+// ---- pack_mask
+
+// A contiguous tensor of bytes (uint8 or bool).
+uint8_t* bytes_of(const char* op, const char* name, const Tensor& tensor, int32_t dtype, const char* dtype_name) {
+  int32_t actual;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &actual));
+  STD_TORCH_CHECK(actual == dtype, op, ": ", name, " must be ", dtype_name);
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() first");
+  return static_cast<uint8_t*>(tensor.data_ptr());
+}
+
+Tensor pack_mask(const Tensor& mask) {
+  const char* op = "pack_mask";
+  subnet::PackMask params{};
+  params.mask = bytes_of(op, "mask", mask, aoti_torch_dtype_bool(), "bool");
+  params.num = mask.numel();
+  const int64_t num_bytes = ceil_div(params.num, 8);
+  Tensor packed = torch::stable::new_empty(mask, {num_bytes}, torch::headeronly::ScalarType::Byte);
+  params.packed = static_cast<uint8_t*>(packed.data_ptr());
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(num_bytes, kGrain, [&](int64_t begin, int64_t end) { kernels.pack_mask(params, begin, end); });
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& packed, int64_t num) {
+  const char* op = "unpack_mask";
+  subnet::UnpackMask params{};
+  params.packed = bytes_of(op, "packed", packed, aoti_torch_dtype_uint8(), "uint8");
+  STD_TORCH_CHECK(num >= 0 && packed.dim() == 1 && packed.numel() == num / 8 + (num % 8 != 0), op,
+                  ": packed must be 1-d with ceil(num/8) bytes for num = ", num, ", got ", packed.numel(), " bytes in ",
+                  packed.dim(), " dimensions");
+  params.num = num;
+  Tensor mask = torch::stable::new_empty(packed, {num}, torch::headeronly::ScalarType::Bool);
+  params.mask = static_cast<uint8_t*>(mask.data_ptr());
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(packed.numel(), kGrain, [&](int64_t begin, int64_t end) { kernels.unpack_mask(params, begin, end); });
+  return mask;
+}
+
+// ---- capability
+
+std::string cpu_capability() { return subnet::cpu_kernels().name; }
+
+void set_cpu_capability(const std::string& name) {
+  STD_TORCH_CHECK(subnet::force_cpu_kernels(name.c_str()),
+                  "set_cpu_capability: name must be avx512, avx2 or portable, built in and supported by this "
+                  "processor, got '", name, "'");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(subnet_native, m) {
+  m.def("effective_weight(Tensor weight, Tensor scores, Tensor beta, int kind, Tensor(a!) w_eff, Tensor(b!) penalty)"
+        " -> ()");
+  m.def("effective_weights(Tensor[] weights, Tensor[] scores, Tensor beta, int kind, Tensor(a!)[] w_eff,"
+        " Tensor(b!) penalties) -> ()");
+  m.def("grad_scores(Tensor? grad_w_eff, Tensor? grad_penalty, Tensor weight, Tensor scores, Tensor beta, int kind,"
+        " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
+  m.def("add_penalty_grad(Tensor(a!)[] grads, Tensor[] scores, int[] weights_per_score, Tensor beta, float lam,"
+        " int kind) -> ()");
+  m.def("pack_mask(Tensor mask) -> Tensor");
+  m.def("unpack_mask(Tensor packed, int num) -> Tensor");
+  m.def("cpu_capability() -> str");
+  m.def("set_cpu_capability(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
+  m.impl("effective_weight", TORCH_BOX(&effective_weight));
+  m.impl("effective_weights", TORCH_BOX(&effective_weights));
+  m.impl("grad_scores", TORCH_BOX(&grad_scores));
+  m.impl("add_penalty_grad", TORCH_BOX(&add_penalty_grad));
+  m.impl("pack_mask", TORCH_BOX(&pack_mask));
+  m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(subnet_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("set_cpu_capability", TORCH_BOX(&set_cpu_capability));
+}
+
+// `import subnet_kernels._C` registers the ops above; the module itself is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,65 @@
+// Chooses the CPU kernels by what the processor (and the operating system, for wide registers) supports.
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace subnet {
+namespace {
+
+#define SUBNET_TABLE(capability)                                                                                     \
+  {                                                                                                                  \
+    #capability, capability::effective_weight_flat, capability::effective_weight_mask,                               \
+        capability::effective_weight_rows, capability::grad_scores_flat, capability::grad_scores_reduce,             \
+        capability::grad_scores_finish, capability::add_penalty_grad, capability::pack_mask, capability::unpack_mask \
+  }
+
+// Best first.
+const CpuKernels kTables[] = {
+#if defined(SUBNET_X86)
+    SUBNET_TABLE(avx512),
+    SUBNET_TABLE(avx2),
+#endif
+    SUBNET_TABLE(portable),
+};
+
+bool is_supported(const char* name) {
+#if defined(SUBNET_X86)
+  __builtin_cpu_init();
+  if (std::strcmp(name, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+  if (std::strcmp(name, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return std::strcmp(name, "portable") == 0;
+}
+
+std::atomic<const CpuKernels*> chosen{nullptr};
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* kernels = chosen.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    kernels = kTables;
+    while (!is_supported(kernels->name)) ++kernels;  // the last one always is
+    chosen.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+bool force_cpu_kernels(const char* name) {
+  for (const CpuKernels& kernels : kTables) {
+    if (std::strcmp(kernels.name, name) == 0 && is_supported(name)) {
+      chosen.store(&kernels, std::memory_order_release);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace subnet

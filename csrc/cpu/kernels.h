@@ -1,0 +1,53 @@
+// The table of CPU kernels of one capability. Kernels work on a range, so that the caller owns the threads.
+#pragma once
+
+#include "../params.h"
+
+namespace subnet {
+
+struct CpuKernels {
+  const char* name;
+  // Flat: weights [chunk_begin*kChunk, chunk_end*kChunk) of w_eff, and their partial sums.
+  void (*effective_weight_flat)(const EffectiveWeight&, int64_t chunk_begin, int64_t chunk_end);
+  // Not flat, first: mask positions [chunk_begin*kChunk, ...) of `mask`, and their partial sums.
+  void (*effective_weight_mask)(const EffectiveWeight&, int64_t chunk_begin, int64_t chunk_end);
+  // Not flat, second: rows of the loop (row = one walk of its innermost dimension).
+  void (*effective_weight_rows)(const EffectiveWeight&, int64_t row_begin, int64_t row_end);
+  // Flat: elements [begin, end).
+  void (*grad_scores_flat)(const GradScores&, int64_t begin, int64_t end);
+  // Not flat: sums of grad_w_eff*weight per score, for parts [part_begin, part_end) of the outermost loop dimension.
+  void (*grad_scores_reduce)(const GradScores&, int64_t part_begin, int64_t part_end);
+  // Not flat: gradients of the mask positions [begin, end) from the sums.
+  void (*grad_scores_finish)(const GradScores&, int64_t begin, int64_t end);
+  // Mask positions [begin, end).
+  void (*add_penalty_grad)(const AddPenaltyGrad&, int64_t begin, int64_t end);
+  // Bytes [begin, end) of the packed mask.
+  void (*pack_mask)(const PackMask&, int64_t begin, int64_t end);
+  void (*unpack_mask)(const UnpackMask&, int64_t begin, int64_t end);
+};
+
+#define SUBNET_DECLARE_CAPABILITY(capability)                                       \
+  namespace capability {                                                            \
+  void effective_weight_flat(const EffectiveWeight&, int64_t, int64_t);             \
+  void effective_weight_mask(const EffectiveWeight&, int64_t, int64_t);             \
+  void effective_weight_rows(const EffectiveWeight&, int64_t, int64_t);             \
+  void grad_scores_flat(const GradScores&, int64_t, int64_t);                       \
+  void grad_scores_reduce(const GradScores&, int64_t, int64_t);                     \
+  void grad_scores_finish(const GradScores&, int64_t, int64_t);                     \
+  void add_penalty_grad(const AddPenaltyGrad&, int64_t, int64_t);                   \
+  void pack_mask(const PackMask&, int64_t, int64_t);                                \
+  void unpack_mask(const UnpackMask&, int64_t, int64_t);                            \
+  }
+
+SUBNET_DECLARE_CAPABILITY(portable)
+#if defined(SUBNET_X86)
+SUBNET_DECLARE_CAPABILITY(avx2)
+SUBNET_DECLARE_CAPABILITY(avx512)
+#endif
+
+// The best kernels that this processor runs, unless force_cpu_kernels chose others.
+const CpuKernels& cpu_kernels();
+// False if `name` is not a capability that this build has and this processor runs; then nothing changes.
+bool force_cpu_kernels(const char* name);
+
+}  // namespace subnet

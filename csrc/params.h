@@ -1,0 +1,81 @@
+// What the kernels are given: pointers, sizes and strides in elements. One struct per op; nothing here knows PyTorch.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.h"
+
+namespace subnet {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+constexpr int kMaxDims = 8;                // dimensions of a weight
+constexpr int64_t kChunk = 16384;          // elements per partial sum: fixed, so sums do not depend on the thread count
+constexpr int64_t kGrain = 65536;          // elements that are worth a thread of their own
+
+// How scores of any unit lie over a dense weight, seen in the order in which the weight's elements are stored.
+// `mask position` counts scores in that same order, densely.
+//   loop   walks the weight: element offset = running index; mask position = sum(index[d] * loop_stride[d]), where a
+//          stride is 0 along a dimension that one score governs. Adjacent dimensions are merged; the last is innermost.
+//   score  walks the mask positions 0 .. num_scores-1 and says where score and gradient of that position are stored.
+struct Layout {
+  bool is_flat;                            // every score governs one weight and all tensors share their strides
+  int64_t num_weights, num_scores, weights_per_score;
+  int loop_dims;
+  int64_t loop_size[2 * kMaxDims], loop_stride[2 * kMaxDims];
+  int score_dims;
+  int64_t score_size[kMaxDims], score_stride[kMaxDims], grad_stride[kMaxDims];
+};
+
+// w_eff = weight * m(scores) and sum(m).
+struct EffectiveWeight {
+  const void* weight;                      // [num_weights], weight_dtype, in storage order
+  const float* scores;                     // flat: [num_weights], else by layout.score_stride
+  void* w_eff;                             // [num_weights], w_eff_dtype, in storage order
+  double* partials;                        // one sum of m per kChunk weights (flat) or scores (else)
+  float* mask;                             // [num_scores] workspace by mask position; not flat only
+  float beta;
+  Kind kind;
+  Dtype weight_dtype, w_eff_dtype;
+  const Layout* layout;
+};
+
+// grad_scores = sum over governed weights of (grad_w_eff*weight + grad_penalty) * slope; grad_weight = grad_w_eff * m.
+struct GradScores {
+  const void* grad_w_eff;                  // [num_weights], grad_w_eff_dtype, in storage order; null: 0
+  const void* weight;                      // [num_weights], weight_dtype, in storage order
+  const float* scores;                     // flat: [num_weights], else by layout.score_stride
+  float* grad_scores;                      // flat: [num_weights] and may be grad_w_eff, else by layout.grad_stride
+  void* grad_weight;                       // [num_weights], weight_dtype, in storage order; null: not wanted
+  double* sums;                            // [num_parts, num_scores] workspace by mask position; not flat only
+  float beta, grad_penalty;
+  Kind kind;
+  Dtype grad_w_eff_dtype, weight_dtype;
+  int64_t num_parts;                       // fixed by sizes alone; parts are added up in their order
+  bool parts_share_scores;                 // false: parts touch different scores and use one row of sums together
+  const Layout* layout;
+};
+
+// grads += scale * slope(scores), scale = lam * weights per score.
+struct AddPenaltyGrad {
+  const float* scores;
+  float* grads;
+  float beta, scale;
+  Kind kind;
+  const Layout* layout;                    // num_weights == num_scores here
+};
+
+// packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.
+struct PackMask {
+  const uint8_t* mask;                     // [num] bytes, 0 or not 0
+  uint8_t* packed;                         // [ceil(num/8)]
+  int64_t num;
+};
+
+struct UnpackMask {
+  const uint8_t* packed;                   // [ceil(num/8)]
+  uint8_t* mask;                           // [num] bytes, 0 or 1
+  int64_t num;
+};
+
+}  // namespace subnet
