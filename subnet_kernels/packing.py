@@ -36,7 +36,9 @@ def pack_mask(mask: Tensor) -> Tensor:
     [5, 1]
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"pack_mask: mask must be a bool tensor, got {_describe(mask)}; threshold it first (scores > 0)")
+        raise TypeError(
+            f"pack_mask: mask must be a bool tensor, got {_describe(mask)}; threshold it first (scores > 0)"
+        )
     if mask.device.type == "cpu" and _has_native():
         return torch.ops.subnet_native.pack_mask(mask)
     flat = mask.reshape(-1)
@@ -73,7 +75,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         )
     if num % 8 and int(packed[-1]) >> (num % 8):
         raise ValueError(
-            f"unpack_mask: the {8 - num % 8} padding bits after the {num} elements of shape {list(sizes)} must be zero, "
+            f"unpack_mask: the padding bits after the {num} elements of shape {list(sizes)} must be zero, "
             f"got last byte {int(packed[-1]):#04x}; the bytes are damaged or belong to another shape"
         )
     return unpack_bits(packed, num).view(sizes)

@@ -1,0 +1,470 @@
+"""mask_model, and the MaskSet through which all masks of a model are seen and steered."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from subnet_kernels.backends.base import Call
+from subnet_kernels.dispatch import choose
+from subnet_kernels.masks import MaskKind, expand_scores
+from subnet_kernels.ops.checks import check_beta_value
+from subnet_kernels.ops.effective_weight import effective_weights_raw
+from subnet_kernels.ops.mask import mask as mask_op
+from subnet_kernels.optim import Masked, MaskAdamW
+from torch import Tensor, nn
+
+from .nn import MaskedLayer
+from .nn.base import MaskState, Schedule, Unit, new_state
+from .nn.convert import convert_in_place, revert_in_place
+from .targets import Targets, find_targets, masked_class
+
+if TYPE_CHECKING:
+    from .subnet import Subnet
+
+ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
+
+
+def mask_model(
+    model: nn.Module, targets: Targets | None = None, exclude: Targets = (), *, init: ScoreInit | None = None,
+    score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
+) -> MaskSet:
+    """Put a mask over ``model``'s layers, in place, freeze everything but the scores, and return the MaskSet.
+
+    Args:
+        model: any nn.Module. Modules keep their identity, names, hooks and base state_dict keys; each masked layer gains
+            the parameter ``<layer>.scores``.
+        targets: None is every nn.Linear, nn.Conv2d and transformers' Conv1D but the output head
+            (``get_output_embeddings()``) and tied weights. Or "all-linear", "all-conv", a regex for whole module names, a
+            module type, or a list of module or parameter names (whole, or their last parts) and types.
+        exclude: of the same forms; wins over targets.
+        init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
+            has nothing (or is None), score_init holds.
+        score_init: the initial score, finite. The default -0.1 is the paper's.
+        kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:<heads>", or block sizes.
+
+    Returns:
+        The MaskSet of the model; ``masks_of(model)`` gives it again at any time.
+
+    Raises:
+        ValueError: nothing matches; a target can't be masked, is tied, or would be bypassed; the model is masked
+            already; a weight or initial score is not finite; a unit does not fit. The model is then unchanged.
+        TypeError: an argument is of another form.
+
+    Source: Savarese et al. 2020 (arXiv 1912.04427); Zhang et al. 2023 (arXiv 2310.10899).
+
+    Example:
+        >>> from torch import nn
+        >>> masks = mask_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        >>> list(masks.layers)
+        ['0.weight', '2.weight']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"mask_model: model must be an nn.Module, got {type(model).__name__}")
+    if not math.isfinite(score_init):
+        raise ValueError(f"mask_model: score_init must be finite, got {score_init}")
+    if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
+        raise ValueError(f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it")
+    found = find_targets(model, targets, exclude)
+    state = new_state(next(iter(found.values())).weight.device)  # type: ignore[arg-type]
+    state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    converted: list[MaskedLayer] = []
+    try:
+        for name, module in found.items():
+            cls = masked_class(module)
+            assert cls is not None
+            initial = _initial_scores(init, _weight_name(name), module, score_init)
+            converted.append(
+                convert_in_place(module, cls, f"mask_model: {name}", kind=kind, score_init=initial, unit=unit, state=state)
+            )
+    except Exception:
+        for layer in converted:
+            revert_in_place(layer)
+        raise
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in converted:
+        layer.scores.requires_grad_(True)
+    return masks_of(model)
+
+
+def _weight_name(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _initial_scores(init: ScoreInit | None, name: str, module: nn.Module, score_init: float) -> float | Tensor:
+    if init is None:
+        return score_init
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    scores = init(name, weight.detach()) if callable(init) else init.get(name)
+    return score_init if scores is None else scores
+
+
+def masks_of(model: nn.Module) -> MaskSet:
+    """The MaskSet of a masked model: one made by mask_model, its deep copy or unpickled self, or a net of masked layers
+    built by hand (whose layers then share one beta).
+
+    Raises:
+        ValueError: no masked layer; or hand-built layers that differ in beta or state.
+    """
+    layers = {_weight_name(n): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
+    if not layers:
+        raise ValueError("masks_of: the model has no masked layer; make it one with mask_model(model)")
+    states = list({id(layer._state): layer._state for layer in layers.values()}.values())
+    first = states[0]
+    for other in states[1:]:
+        if other.is_hard != first.is_hard or float(other.beta) != float(first.beta):
+            raise ValueError(
+                f"masks_of: the masked layers disagree: beta {float(first.beta)} and {float(other.beta)}, hard "
+                f"{first.is_hard} and {other.is_hard}; set them alike first"
+            )
+    for index, layer in enumerate(layers.values()):
+        layer._state, layer.mask_index = first, index
+    return MaskSet(model, layers, first)
+
+
+class MaskSet:
+    """All masks of one model. It holds no state of its own: beta, schedule and hard/soft live with the layers, so that a
+    copied or reloaded model brings them along.
+
+    Attributes:
+        model: the masked model.   layers: base weight's name ("0.weight") -> masked layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, Any], state: MaskState) -> None:
+        self.model, self.layers, self._state = model, layers, state
+
+    # --- beta and state --------------------------------------------------------------------------------------------
+
+    @property
+    def beta(self) -> float:
+        """The inverse temperature of all masks; setting it checks it (finite, >= 0) and writes the shared tensor."""
+        return float(self._state.beta)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._write_beta(check_beta_value("MaskSet.beta", float(value)))
+
+    def _write_beta(self, value: float) -> None:
+        with torch.no_grad():
+            self._state.beta.fill_(value)
+        self.invalidate()
+
+    def anneal(self, start: float = 1.0, to: float = 200.0, *, steps: int, every: int = 1) -> None:
+        """beta = start * (to/start)^(t/steps) after t optimizer steps, changed every ``every`` steps; ``to`` from step
+        ``steps`` on. Sets beta to ``start`` now. An optimizer from :meth:`adamw` advances it; with another call
+        :meth:`step` after ``optimizer.step()``.
+
+        Raises:
+            ValueError: start or to not finite and > 0, steps or every < 1.
+        """
+        for name, value in (("start", start), ("to", to)):
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"MaskSet.anneal: {name} must be finite and > 0, got {value}")
+        if steps < 1 or every < 1:
+            raise ValueError(f"MaskSet.anneal: steps and every must be >= 1, got {steps} and {every}")
+        self._state.schedule = Schedule(float(start), float(to), int(steps), int(every))
+        self._write_beta(start)
+
+    def step(self) -> None:
+        """Advance the schedule by one optimizer step. Without one: nothing."""
+        schedule = self._state.schedule
+        if schedule is None:
+            return
+        before = schedule.beta()
+        schedule.count += 1
+        if (now := schedule.beta()) != before:
+            self._write_beta(now)
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the masks in force are 1[s > 0]."""
+        return self._state.is_hard
+
+    def harden(self) -> None:
+        """From now on the masks are 1[s > 0]; scores get no gradient. train() and eval() never change this."""
+        self._state.is_hard = True
+        self.invalidate()
+
+    def soften(self) -> None:
+        """From now on the masks are soft again."""
+        self._state.is_hard = False
+        self.invalidate()
+
+    @contextlib.contextmanager
+    def hard(self) -> Iterator[None]:
+        """Hard masks inside the block; what was before, after it."""
+        before = self._state.is_hard
+        self.harden()
+        try:
+            yield
+        finally:
+            self._state.is_hard = before
+            self.invalidate()
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The unmasked model inside the block: the base output bit for bit."""
+        before = self._state.is_disabled
+        self._state.is_disabled = True
+        try:
+            yield
+        finally:
+            self._state.is_disabled = before
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def adamw(
+        self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, lam: float = 0.0, in_backward: bool = False,
+    ) -> MaskAdamW:
+        """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after each
+        step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
+        self.bind_scores()
+        trained = [scores for scores in self.scores().values() if scores.requires_grad]
+        optimizer = MaskAdamW(trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward)
+        optimizer.register_step_post_hook(lambda *_: self.step())
+        return optimizer
+
+    def bind_scores(self) -> None:
+        """Tell every scores parameter what it belongs to (``scores.masked``, ``scores.slot``), for MaskAdamW."""
+        for layer in self.layers.values():
+            layer.scores.masked = Masked(layer.weight, self._state.beta, layer.kind)
+            layer.scores.slot = layer._slot
+
+    @contextlib.contextmanager
+    def collect_penalty(self) -> Iterator[Callable[[], Tensor]]:
+        """``with masks.collect_penalty() as penalty: loss = task(model(x))``, then ``(loss + lam*penalty()).backward()``.
+
+        penalty() is the raw sum of the masks over all masked weights, 0-d: a layer that ran twice counts once, one that
+        did not run is added from its scores. Call it once, before backward.
+
+        Raises:
+            RuntimeError: entered twice, inside disabled(), called twice, or a layer ran without grad inside it.
+        """
+        state = self._state
+        if state.penalties is not None:
+            raise RuntimeError("collect_penalty: entered twice; one block may be open at a time")
+        if state.is_disabled:
+            raise RuntimeError("collect_penalty: inside disabled() there is no mask and so no penalty; leave disabled() first")
+        collected: dict[int, Tensor] = {}
+        used: list[bool] = []
+
+        def penalty() -> Tensor:
+            if used:
+                raise RuntimeError("collect_penalty: penalty() was called twice; call it once per block, before backward")
+            used.append(True)
+            terms = [
+                collected[layer.mask_index] if layer.mask_index in collected else _penalty_of(layer)
+                for layer in self.layers.values()
+            ]
+            collected.clear()
+            return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
+
+        state.penalties = collected
+        try:
+            yield penalty
+        finally:
+            state.penalties = None
+
+    # --- what the masks say ------------------------------------------------------------------------------------------
+
+    def scores(self) -> dict[str, nn.Parameter]:
+        """Name ("0.scores") -> scores parameter."""
+        return {name.removesuffix("weight") + "scores": layer.scores for name, layer in self.layers.items()}
+
+    def kept(self) -> dict[str, Tensor]:
+        """Name of the base weight -> bool tensor of its shape: {s > 0}."""
+        return {
+            name: expand_scores(layer.scores.detach() > 0, tuple(layer.weight.shape))
+            for name, layer in self.layers.items()
+        }
+
+    def density(self, per_layer: bool = False) -> float | dict[str, float]:
+        """The fraction of masked weights with s > 0; per layer, by the base weight's name, if asked."""
+        kept = {n: int((la.scores.detach() > 0).sum()) * la.weights_per_score for n, la in self.layers.items()}
+        sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
+        if per_layer:
+            return {name: kept[name] / max(sizes[name], 1) for name in kept}
+        return sum(kept.values()) / max(sum(sizes.values()), 1)
+
+    def undecided(self, margin: float = 0.01) -> float:
+        """The fraction of masked weights whose soft mask lies strictly between margin and 1 - margin."""
+        if not 0 <= margin < 0.5:
+            raise ValueError(f"MaskSet.undecided: margin must be in [0, .5), got {margin}")
+        count = total = 0
+        with torch.no_grad():
+            for layer in self.layers.values():
+                m = layer.kind.value(layer.scores, self._state.beta)
+                count += int(((m > margin) & (m < 1 - margin)).sum()) * layer.weights_per_score
+                total += layer.weight.numel()
+        return count / max(total, 1)
+
+    def check_finite(self) -> None:
+        """Raises ValueError naming the layers whose scores have NaN or infinite entries."""
+        bad = [name for name, scores in self.scores().items() if not bool(torch.isfinite(scores).all())]
+        if bad:
+            raise ValueError(f"scores are not finite in {', '.join(bad)}; lower the rate or lam, and start from a checkpoint")
+
+    def subnet(self, **provenance: Any) -> Subnet:
+        """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values)."""
+        from .subnet import Subnet
+
+        self.check_finite()
+        return Subnet({name: kept.clone() for name, kept in self.kept().items()}, provenance or None)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many scores train, of how many parameters."""
+        trained = sum(s.numel() for s in self.scores().values() if s.requires_grad)
+        everything = sum(p.numel() for p in self.model.parameters())
+        print(f"trainable scores: {trained:,} || all parameters: {everything:,} || {100 * trained / max(everything, 1):.2f} %")
+
+    def audit(self, *inputs: Any, **named_inputs: Any) -> list[dict[str, Any]]:
+        """Run the model once, without grad, on these inputs and say of every masked layer: name, shape, unit, density,
+        how often it ran (0: its mask changes nothing there) and the backend that serves it."""
+        runs = dict.fromkeys(self.layers, 0)
+
+        def count(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                runs[name] += 1
+
+            return hook
+
+        handles = [layer.register_forward_hook(count(name)) for name, layer in self.layers.items()]
+        try:
+            with torch.no_grad():
+                self.model(*inputs, **named_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        densities = self.density(per_layer=True)
+        assert isinstance(densities, dict)
+        return [
+            {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
+             "runs": runs[name], "backend": choose(_call_of(layer, layer.weight.dtype)).name}  # fmt: skip
+            for name, layer in self.layers.items()
+        ]
+
+    # --- effective weights -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make every layer's effective weight now, all layers in one call per dtype (one launch on a GPU)."""
+        groups: dict[tuple[Any, ...], list[MaskedLayer]] = {}
+        for layer in self.layers.values():
+            dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
+            groups.setdefault((layer.current_kind, dtype, layer.weight.dtype, layer.weight.device), []).append(layer)
+        for (kind, dtype, _, _), layers in groups.items():
+            triples = [_outputs_first(layer) for layer in layers]
+            beta = self._state.beta.to(layers[0].scores.dtype)
+            pairs = [la._slot.buffers(w, beta, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
+            for layer in layers:
+                layer._slot.clear()
+            weights, scores = [list(t) for t in zip(*triples, strict=True)]
+            _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
+            for layer, (w, s), (_, penalty), value in zip(layers, triples, pairs, penalties, strict=True):
+                penalty.copy_(value)
+                layer._slot.mark_fresh(w, s, self._state.beta, kind, dtype)
+
+    def invalidate(self) -> None:
+        """Make every effective weight stale: the next use makes it again. Needed after writing scores or weights through
+        ``.data``, which leaves no trace; everything else is noticed."""
+        for layer in self.layers.values():
+            layer._slot.clear()
+
+    @torch.no_grad()
+    def check_fresh(self) -> None:
+        """Prove that the next forward pass uses the effective weights of the present scores, weights and beta.
+
+        Raises:
+            RuntimeError: naming the layers that hold a stale one, and what to do.
+        """
+        stale = []
+        for name, layer in self.layers.items():
+            if (kept := layer._slot.w_eff) is None:
+                continue
+            weight, scores = _outputs_first(layer)
+            backend = choose(_call_of(layer, kept.dtype))
+            beta = self._state.beta.to(scores.dtype) if scores.dtype != self._state.beta.dtype else self._state.beta
+            if not layer._slot.is_exact(weight, scores, beta, layer.current_kind, kept.dtype, backend):
+                stale.append(name)
+        if stale:
+            raise RuntimeError(
+                f"check_fresh: stale effective weights in {', '.join(stale)}: scores, weights or beta were changed behind "
+                "torch's version counters (through .data?); call MaskSet.invalidate() after such a change"
+            )
+
+    # --- leaving and saving ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def unmask(self, keep: str = "base") -> nn.Module:
+        """Put ordinary layers and the parameters' requires_grad flags back, in place, and return the model.
+
+        Args:
+            keep: "base" leaves the base weights; "masked" multiplies them by the hard mask first.
+        """
+        if keep not in ("base", "masked"):
+            raise ValueError(f"MaskSet.unmask: keep must be 'base' or 'masked', got {keep!r}")
+        kept = self.kept() if keep == "masked" else {}
+        for name, layer in self.layers.items():
+            if keep == "masked":
+                layer.weight.mul_(kept[name].to(layer.weight.dtype))
+            revert_in_place(layer)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._state.requires_grad.get(name, parameter.requires_grad))
+        self.layers = {}
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """beta, hard/soft and the schedule, as plain values (scores are in the model's own state_dict)."""
+        schedule = self._state.schedule
+        return {
+            "beta": self.beta,
+            "is_hard": self.is_hard,
+            "schedule": None if schedule is None else dict(vars(schedule)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: a key is missing or beta is not finite and >= 0; nothing is changed then.
+        """
+        if missing := {"beta", "is_hard", "schedule"} - set(state):
+            raise ValueError(f"MaskSet.load_state_dict: misses {sorted(missing)}")
+        beta = check_beta_value("MaskSet.load_state_dict", float(state["beta"]))
+        schedule = None if state["schedule"] is None else Schedule(**state["schedule"])
+        self._state.schedule, self._state.is_hard = schedule, bool(state["is_hard"])
+        self._write_beta(beta)
+
+    def __repr__(self) -> str:
+        state = "hard" if self.is_hard else f"beta {self.beta:g}"
+        return f"MaskSet({len(self.layers)} layers, {state}, density {self.density():.3f})"
+
+
+def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
+    """(weight, scores) as the op gets them: [N, K] also for transformers' transposed Conv1D."""
+    from .nn import MaskedHFConv1D
+
+    if isinstance(layer, MaskedHFConv1D):
+        return layer.weight.t(), layer.scores.t()
+    return layer.weight, layer.scores
+
+
+def _call_of(layer: MaskedLayer, dtype: torch.dtype) -> Call:
+    op = "masked_conv2d" if layer.weight.dim() == 4 else "masked_linear"
+    weight = layer.weight
+    return Call(
+        op, weight.device.type, weight.dtype, dtype, layer.current_kind.name, layer.plan, weight.dim(),
+        weight.shape == layer.scores.shape,
+    )  # fmt: skip
+
+
+def _penalty_of(layer: MaskedLayer) -> Tensor:
+    """The penalty of a layer from its scores alone, with gradient."""
+    beta = layer.beta.to(layer.scores.dtype)
+    return mask_op(layer.scores, beta, kind=layer.current_kind).sum() * layer.weights_per_score

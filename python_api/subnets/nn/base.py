@@ -1,0 +1,216 @@
+"""What every masked layer shares: its scores, the state it shares with the other layers of its model, its slot."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from subnet_kernels.masks import Hard, MaskKind, as_kind, expand_scores, weights_per_score
+from subnet_kernels.slots import Slot
+from torch import Tensor, nn
+
+HARD = Hard()
+Unit = str | tuple[int, ...]
+
+
+@dataclass
+class Schedule:
+    """beta after ``count`` optimizer steps: start * (to/start)^(count/steps), changed every ``every`` steps, ``to`` at
+    the end."""
+
+    start: float
+    to: float
+    steps: int
+    every: int = 1
+    count: int = 0
+
+    def beta(self) -> float:
+        done = min(self.count // self.every * self.every, self.steps) if self.count < self.steps else self.steps
+        return self.start * (self.to / self.start) ** (done / self.steps)
+
+
+@dataclass
+class MaskState:
+    """What the masked layers of one model share. beta is a plain 0-d tensor that keeps its identity: every layer, slot and
+    optimizer sees a change at once."""
+
+    beta: Tensor
+    is_hard: bool = False
+    is_disabled: bool = False
+    schedule: Schedule | None = None
+    penalties: dict[int, Tensor] | None = None  # of the layers that ran inside collect_penalty()
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the model's parameters before masking
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
+        schedule = None if self.schedule is None else Schedule(**vars(self.schedule))
+        copy = MaskState(self.beta.detach().clone(), self.is_hard, self.is_disabled, schedule, None,
+                         dict(self.requires_grad))  # fmt: skip
+        memo[id(self)] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "penalties": None}
+
+
+def new_state(device: torch.device | str | None = None) -> MaskState:
+    return MaskState(torch.ones((), dtype=torch.float32, device=device))
+
+
+def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """The scores' shape for a weight of role order [outputs, inputs, ...].
+
+    "weight": one score per weight; "row": per output unit (filter); "column": per input unit (channel); "head:H": per
+    block of N/H rows; a tuple of block sizes (16, 16): per block.
+
+    Raises:
+        ValueError: unknown unit, or one that does not divide the weight.
+    """
+    if unit == "weight":
+        return shape
+    if unit == "row":
+        return (shape[0], *(1,) * (len(shape) - 1))
+    if unit == "column":
+        return (1, shape[1], *(1,) * (len(shape) - 2))
+    if isinstance(unit, str) and unit.startswith("head:") and unit[5:].isdigit() and int(unit[5:]) > 0:
+        if shape[0] % int(unit[5:]):
+            raise ValueError(f"{where}: unit {unit!r} needs rows that divide into heads, the weight has {shape[0]} rows")
+        return (int(unit[5:]), *(1,) * (len(shape) - 1))
+    if isinstance(unit, tuple) and len(unit) == len(shape) and all(isinstance(b, int) and b > 0 for b in unit):
+        if any(size % block for size, block in zip(shape, unit, strict=True)):
+            raise ValueError(f"{where}: unit {unit} must divide the weight's sizes {list(shape)}")
+        return tuple(size // block for size, block in zip(shape, unit, strict=True))
+    raise ValueError(
+        f"{where}: unit must be 'weight', 'row', 'column', 'head:<number of heads>' or {len(shape)} block sizes that "
+        f"divide {list(shape)}, got {unit!r}"
+    )
+
+
+class MaskedLayer(nn.Module):
+    """Mixin of the masked layers. ``weight`` is the base weight, ``scores`` the trained scores (same memory layout)."""
+
+    base_class: type[nn.Module]  # the ordinary layer's class, to which unmask goes back
+
+    weight: nn.Parameter
+    scores: nn.Parameter
+    kind: MaskKind
+    unit: Unit
+    plan: str | None
+    mask_index: int  # this layer's key in MaskState.penalties
+    _state: MaskState
+    _slot: Slot
+
+    def _scores_shape(self, unit: Unit, where: str) -> tuple[int, ...]:
+        """The scores' shape in weight's own layout."""
+        return unit_shape(unit, tuple(self.weight.shape), where)
+
+    def _add_mask(
+        self, kind: str | MaskKind, score_init: float | Tensor, unit: Unit, state: MaskState | None = None
+    ) -> None:
+        """Turn an ordinary layer's attributes into a masked layer's: add scores, state and slot."""
+        where = type(self).__name__
+        self.kind, self.unit, self.plan = as_kind(kind), unit, None
+        weight = self.weight
+        shape = self._scores_shape(unit, where)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if isinstance(score_init, Tensor):
+            if tuple(score_init.shape) != shape:
+                raise ValueError(f"{where}: initial scores must have shape {list(shape)}, got {list(score_init.shape)}")
+            if not bool(torch.isfinite(score_init).all()):
+                raise ValueError(f"{where}: initial scores must be finite, got NaN or infinity")
+            data = score_init.detach().to(device=weight.device, dtype=dtype, copy=True)
+        else:
+            if not math.isfinite(score_init):
+                raise ValueError(f"{where}: score_init must be finite, got {score_init}")
+            data = torch.full(shape, score_init, dtype=dtype, device=weight.device)
+        if shape == tuple(weight.shape):  # weight's memory order, so that one pass reads both
+            data = torch.empty_like(weight, dtype=dtype).copy_(data)
+        self.scores = nn.Parameter(data)
+        self.mask_index = 0
+        self._state = new_state(weight.device) if state is None else state
+        self._slot = Slot()
+
+    def _remove_mask(self) -> None:
+        """Back to an ordinary layer's attributes."""
+        del self.scores, self.kind, self.unit, self.plan, self.mask_index, self._state, self._slot
+        self.__dict__.pop("base_class", None)
+
+    # --- what a user asks ------------------------------------------------------------------------------------------
+
+    @property
+    def beta(self) -> Tensor:
+        """The inverse temperature, a 0-d tensor shared by all layers of one MaskSet; change it through MaskSet.beta."""
+        return self._state.beta
+
+    @property
+    def current_kind(self) -> MaskKind:
+        """The mask in force: "hard" after harden() or inside hard(), else the layer's own kind."""
+        return HARD if self._state.is_hard else self.kind
+
+    def mask(self) -> Tensor:
+        """The mask now in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype)."""
+        with torch.no_grad():
+            return expand_scores(self.current_kind.value(self.scores, self.beta), tuple(self.weight.shape))
+
+    @property
+    def weights_per_score(self) -> int:
+        """How many weights one score governs."""
+        return weights_per_score(tuple(self.weight.shape), tuple(self.scores.shape))
+
+    def mask_extra_repr(self) -> str:
+        return f"kind={self.kind.name}, unit={self.unit!r}"
+
+    # --- penalties -------------------------------------------------------------------------------------------------
+
+    def _collects(self) -> bool:
+        """Whether this forward pass must hand out its penalty."""
+        if self._state.penalties is None:
+            return False
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "collect_penalty: a masked layer ran without grad inside it (reentrant checkpointing does this), so its "
+                "penalty would have no gradient; use checkpoint(..., use_reentrant=False), or evaluate outside the block"
+            )
+        return True
+
+    def _collect(self, penalty: Tensor) -> None:
+        penalties = self._state.penalties
+        assert penalties is not None
+        if self.mask_index not in penalties:  # a layer that runs twice counts once
+            penalties[self.mask_index] = penalty
+
+    # --- device, dtype, loading ------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Scores and beta follow the device, never the dtype: fp32 (fp64 beside an fp64 weight), whatever .half() says."""
+        scores = self._parameters.pop("scores")
+        assert scores is not None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["scores"] = scores
+        with torch.no_grad():
+            moved = fn(scores.data)
+            wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+            if moved.dtype != wanted:
+                moved = torch.empty_like(moved, dtype=wanted).copy_(scores.data)
+            grad = scores.grad
+            if torch._has_compatible_shallow_copy_type(scores, moved):
+                scores.data = moved
+            else:
+                self._parameters["scores"] = nn.Parameter(moved, scores.requires_grad)
+            if grad is not None:
+                self.scores.grad = grad.to(device=moved.device, dtype=wanted)
+            beta = self._state.beta
+            if beta.device != moved.device and not moved.is_meta:
+                beta.data = beta.data.to(moved.device)
+        self._slot.release()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        scores = state_dict.get(prefix + "scores")
+        if isinstance(scores, Tensor) and not scores.is_meta and not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"load_state_dict: {prefix}scores has NaN or infinite entries; nothing of this layer is loaded")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._slot.clear()

@@ -1,0 +1,95 @@
+"""Between an ordinary layer and its masked twin, in place or as a new module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from subnet_kernels.masks import MaskKind, expand_scores
+from torch import Tensor, nn
+
+from .base import HARD, MaskedLayer, MaskState, Unit
+
+Masked = TypeVar("Masked", bound=MaskedLayer)
+
+
+def check_can_mask(module: nn.Module, name: str) -> None:
+    """An ordinary weight, present and finite.
+
+    Raises:
+        ValueError: says what is in the way.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"{name}: its weight is not a plain parameter (weight_norm, spectral_norm or pruning computes it); remove that first"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: its weight must be floating point, got {weight.dtype}")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name}: its weight has NaN or infinite entries; masking can't repair a diverged network")
+
+
+def convert_in_place(
+    module: nn.Module, cls: type[Masked], name: str, *, kind: str | MaskKind = "sigmoid",
+    score_init: float | Tensor = -0.1, unit: Unit = "weight", state: MaskState | None = None,
+) -> Masked:
+    """``module`` itself, now of class ``cls``: hooks, flags and every reference to it stay good."""
+    check_can_mask(module, name)
+    original = module.__class__
+    module.__class__ = cls
+    try:
+        module._add_mask(kind, score_init, unit, state)  # type: ignore[operator]
+    except Exception:
+        module.__class__ = original
+        raise
+    module.__dict__["base_class"] = original
+    return module  # type: ignore[return-value]
+
+
+def revert_in_place(module: MaskedLayer) -> nn.Module:
+    """The ordinary layer again, in place.
+
+    Raises:
+        TypeError: it never was one (a MaskedHFConv1D built by hand: the ordinary class is transformers').
+    """
+    base_class = getattr(module, "base_class", None)
+    if base_class is None:
+        raise TypeError(f"{type(module).__name__}: was not made from an ordinary layer, so there is none to go back to")
+    module._remove_mask()
+    module.__class__ = base_class
+    return module
+
+
+def from_layer(cls: type[Masked], layer: nn.Module, **kwargs: Any) -> Masked:
+    """A new masked layer that shares ``layer``'s parameters."""
+    wanted = getattr(cls, "base_class", type(layer))
+    if type(layer) is not wanted:
+        raise TypeError(
+            f"{cls.__name__}: needs exactly a {wanted.__name__} (a subclass may compute something else), "
+            f"got {type(layer).__name__}"
+        )
+    unknown = set(kwargs) - {"kind", "score_init", "unit"}
+    if unknown:
+        raise TypeError(f"{cls.__name__}: unknown arguments {sorted(unknown)}; kind, score_init and unit are known")
+    twin = copy.copy(layer)
+    twin._parameters = dict(layer._parameters)
+    return convert_in_place(twin, cls, cls.__name__, **kwargs)
+
+
+def to_layer(layer: MaskedLayer, hard: bool) -> Any:
+    """A new ordinary layer with the masked weight, on the same device and with the same flags."""
+    kind = HARD if hard else layer.kind
+    with torch.no_grad():
+        m = expand_scores(kind.value(layer.scores, layer.beta), tuple(layer.weight.shape))
+        masked = (layer.weight.to(m.dtype) * m).to(layer.weight.dtype)
+    twin = copy.copy(layer)
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
+        for name, p in layer._parameters.items()
+    }
+    plain = revert_in_place(twin)
+    with torch.no_grad():
+        plain.weight.copy_(masked)  # type: ignore[union-attr, operator]
+    return plain

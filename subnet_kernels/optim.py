@@ -1,0 +1,104 @@
+"""MaskAdamW: AdamW for mask scores, which adds the mask penalty's gradient itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.base import Call
+from .dispatch import choose
+from .masks import MaskKind, weights_per_score
+
+
+class Masked(NamedTuple):
+    """What a score belongs to; layers put it on the parameter as ``scores.masked``."""
+
+    weight: Tensor
+    beta: Tensor
+    kind: MaskKind
+
+
+class MaskAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW on scores with ``lam * penalty_slope`` added to their gradient, once per step.
+
+    With ``lam`` the loss needs no penalty term: one step equals one of AdamW on ``loss + lam * sum of the mask over
+    weights``, whatever the number of micro-batches, clipping or checkpointing. The penalty's gradient is taken at the
+    scores and beta that the step finds, those of the forward passes that made the gradient. A score that got no gradient
+    is still pushed by the penalty. Parameters that are no layer's scores are treated as AdamW does.
+
+    Args:
+        params: parameters or groups of them; a group may set its own ``lam``.
+        lr, betas, eps, weight_decay: as AdamW (decoupled decay, which also decays scores).
+        lam: weight of the penalty per masked weight, finite and >= 0.
+        in_backward, moment_dtype: not built yet; refused.
+
+    Raises:
+        ValueError: lam is negative or not finite.
+        NotImplementedError: in_backward or moment_dtype were asked for.
+
+    Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, lam: float = 0.0, in_backward: bool = False,
+        moment_dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_backward:
+            raise NotImplementedError("MaskAdamW: in_backward=True is not built yet; leave it False")
+        if moment_dtype is not None:
+            raise NotImplementedError("MaskAdamW: moment_dtype is not built yet; leave it None (fp32 moments)")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["lam"] = _check_lam(group.get("lam", lam))
+            group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
+        self.defaults["lam"] = lam
+        # the penalty's gradient must meet unscaled gradients, so a GradScaler has to unscale before the step
+        self._step_supports_amp_scaling = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "lam" in self.defaults:
+            self.param_groups[-1].setdefault("lam", self.defaults["lam"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; see the class."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["lam"]:
+                _add_penalty_gradients(group["params"], group["lam"])
+        super().step()
+        return loss
+
+
+def _check_lam(lam: float) -> float:
+    if not math.isfinite(lam) or lam < 0:
+        raise ValueError(f"MaskAdamW: lam must be finite and >= 0, got {lam}")
+    return lam
+
+
+def _add_penalty_gradients(params: list[Tensor], lam: float) -> None:
+    """grad += lam * (weights per score) * penalty_slope, one call per kind, backend and beta."""
+    batches: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor], list[int]]] = {}
+    for scores in params:
+        masked: Masked | None = getattr(scores, "masked", None)
+        if masked is None or not scores.requires_grad or not masked.kind.is_trainable:
+            continue
+        if scores.grad is None:
+            scores.grad = torch.zeros_like(scores)
+        kind = masked.kind
+        call = Call("add_penalty_grad", scores.device.type, scores.dtype, scores.dtype, kind.name, None, scores.dim())
+        batch = batches.setdefault((choose(call), kind, id(masked.beta), masked.beta, scores.dtype), ([], [], []))
+        batch[0].append(scores.grad)
+        batch[1].append(scores)
+        batch[2].append(weights_per_score(tuple(masked.weight.shape), tuple(scores.shape)))
+    for (backend, kind, _, beta, dtype), (grads, scores, counts) in batches.items():
+        backend.add_penalty_grad_(grads, scores, counts, beta.to(dtype), lam, kind)
