@@ -1,0 +1,168 @@
+"""Every knob of the arithmetic experiment in one place, and its three presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from subnets.experiments.arithmetic.data import DISAMBIGUATION_SIZES
+from subnets.training.gpt2 import GPT2Shape
+
+CONDITIONS = (
+    "subnet",
+    "full_model",
+    "sampled",
+    "random_init",
+    "subnet_trainable",
+    "sampled_complement",
+    "sampled_as_published",
+    "sampled_complement_as_published",
+)
+INHERIT = ("unmasked", "none")
+
+
+def _knob(default: Any, text: str) -> Any:
+    """A dataclass field whose `help` is shown by `subnets run arithmetic --help`."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ArithmeticConfig:
+    """The exact recipe of the paper where nothing is changed; see `preset`."""
+
+    preset: str = _knob("paper", "name of the preset these values started from")
+    layers: tuple[int, ...] = _knob((4,), "depths to run, e.g. 2,4,6")
+    seed: int = _knob(0, "seed of the base network, of discovery and of all data streams")
+    inherit: str = _knob("unmasked", "'unmasked': embeddings, norms and biases come from T1; 'none': fresh everywhere")
+    conditions: tuple[str, ...] = _knob(CONDITIONS, "which transfer conditions to train")
+    sizes: tuple[int, ...] = _knob(DISAMBIGUATION_SIZES, "numbers of disambiguation pairs n")
+    transfer_seeds: int = _knob(5, "transfer runs per condition and n")
+
+    width: int = _knob(128, "width of the network")
+    heads: int = _knob(4, "attention heads")
+    dropout: float = _knob(0.1, "dropout while training the base and the transfer networks")
+
+    base_pairs: int = _knob(200_000, "T1 training pairs")
+    base_epochs: int = _knob(50, "most epochs on T1; training stops at a held-out accuracy of 1")
+    base_batch: int = _knob(50, "T1 batch")
+    base_lr: float = _knob(5e-4, "T1 rate")
+    base_decay: bool = _knob(True, "T1 rate falls linearly to 0 over base_epochs")
+    base_warmup: int = _knob(0, "steps of linear warm-up on T1")
+    base_dropout: float | None = _knob(None, "dropout on T1 if another than `dropout`")
+    base_evaluate_every: int = _knob(0, "steps between evaluations on T1; 0 = once an epoch")
+    base_patience: int = _knob(10, "epochs without gain after which T1 training stops")
+
+    discovery_pairs: int = _knob(50_000, "S1 training pairs")
+    discovery_epochs: int = _knob(50, "epochs of discovery; beta grows once an epoch")
+    discovery_batch: int = _knob(500, "S1 batch")
+    discovery_lr: float | None = _knob(None, "rate of the scores; None = 1e-3, and 2e-3 at 8 layers as published")
+    lam: float = _knob(1e-7, "penalty per unit of mask (raw sum over all masked weights)")
+    score_init: float = _knob(-0.1, "initial score")
+    beta_end: float = _knob(100.0, "beta after the last epoch")
+
+    transfer_epochs: int = _knob(100, "epochs on T2")
+    transfer_batch: int = _knob(50, "T2 batch")
+    transfer_lr: float = _knob(2e-4, "T2 rate")
+    num_ambiguous: int = _knob(1000, "ambiguous T2 pairs (a = b)")
+    num_held_out: int = _knob(1000, "pairs in each validation and test set")
+
+    subnet_controls: int = _knob(5, "size-matched random subnetworks that the S1 table compares with")
+    stack: int = _knob(12, "most networks trained side by side; changes speed and rounding only")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            values = getattr(self, name)
+            if any(value < 1 for value in (values if isinstance(values, tuple) else (values,))):
+                raise ValueError(f"ArithmeticConfig: {name} must be at least 1, got {values}")
+        for name in ("layers", "conditions", "sizes"):
+            if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"ArithmeticConfig: {name} must list different values, got {getattr(self, name)}")
+        unknown = [name for name in self.conditions if name not in CONDITIONS]
+        if unknown:
+            raise ValueError(f"ArithmeticConfig: conditions must be among {', '.join(CONDITIONS)}, got {unknown}")
+        if self.inherit not in INHERIT:
+            raise ValueError(f"ArithmeticConfig: inherit must be 'unmasked' or 'none', got {self.inherit!r}")
+        if min(self.sizes) < 0:
+            raise ValueError(f"ArithmeticConfig: sizes must be at least 0, got {self.sizes}")
+        for name in ("base_lr", "transfer_lr", "beta_end"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"ArithmeticConfig: {name} must be positive, got {getattr(self, name)}")
+        if self.discovery_lr is not None and not self.discovery_lr > 0:
+            raise ValueError(f"ArithmeticConfig: discovery_lr must be positive or None, got {self.discovery_lr}")
+        self.shape(1)
+
+    def shape(self, layers: int, *, dropout: float | None = None) -> GPT2Shape:
+        """The network at one depth; `dropout` other than the config's for the base."""
+        rate = self.dropout if dropout is None else dropout
+        return GPT2Shape(layers=layers, width=self.width, heads=self.heads, dropout=rate)
+
+    def discovery_rate(self, layers: int) -> float:
+        """The rate of the scores at one depth."""
+        if self.discovery_lr is not None:
+            return self.discovery_lr
+        return 2e-3 if layers == 8 else 1e-3
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON has them: tuples become lists."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ArithmeticConfig:
+        """The inverse of `to_json`; unknown names are refused."""
+        known = {knob.name for knob in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"ArithmeticConfig: unknown keys {unknown}; known are {', '.join(sorted(known))}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+_POSITIVE = (
+    "layers", "transfer_seeds", "width", "heads", "base_pairs", "base_epochs", "base_batch", "base_patience",
+    "discovery_pairs", "discovery_epochs", "discovery_batch", "transfer_epochs", "transfer_batch", "num_ambiguous",
+    "num_held_out", "subnet_controls", "stack",
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {},
+    "standard": {},
+    "paper": {"layers": (2, 4, 6, 8, 10, 12)},
+}
+
+
+def make_config(preset: str = "standard", overrides: dict[str, str] | None = None) -> ArithmeticConfig:
+    """The preset with `overrides` (text as typed after --set) applied.
+
+    Raises ValueError for an unknown preset or key and for text that is not of the key's type.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"make_config: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    values: dict[str, Any] = {"preset": preset, **PRESETS[preset]}
+    hints = typing.get_type_hints(ArithmeticConfig)
+    for key, text in (overrides or {}).items():
+        if key not in hints or key == "preset":
+            known = ", ".join(name for name in hints if name != "preset")
+            raise ValueError(f"make_config: --set key must be one of {known}, got {key!r}")
+        values[key] = _parse(key, text, hints[key])
+    return ArithmeticConfig(**values)
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """`text` as the type `hint`: int, float, bool, str, X | None, or tuple[X, ...] written as X,X,X."""
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_parse(key, part.strip(), inner) for part in text.split(",") if part.strip())
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"make_config: {key} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"make_config: {key} must be {hint.__name__}, got {text!r}") from None

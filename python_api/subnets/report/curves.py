@@ -1,0 +1,76 @@
+"""Numbers read off curves of accuracy against the number of samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, population standard deviation, extremes and count of some runs."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        if not values:
+            raise ValueError("Spread.of: values must hold at least one number, got none")
+        return cls(statistics.fmean(values), statistics.pstdev(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.std:.3f}" if self.count > 1 else f"{self.mean:.3f}"
+
+
+def samples_to_reach(curve: Mapping[int, float], accuracy: float) -> float | None:
+    """The number of samples at which `curve` (samples -> accuracy) first reaches `accuracy`; None if it never does.
+
+    Between two points the accuracy is taken to be linear in log(samples), with 0 samples standing at 1. A curve whose
+    first point reaches the accuracy gives that point.
+    """
+    previous: tuple[int, float] | None = None
+    for samples, value in sorted(curve.items()):
+        if value >= accuracy:
+            if previous is None:
+                return float(samples)
+            low, high = math.log(max(previous[0], 1)), math.log(max(samples, 1))
+            share = (accuracy - previous[1]) / (value - previous[1])
+            return math.exp(low + share * (high - low))
+        previous = (samples, value)
+    return None
+
+
+def data_reduction(
+    curve: Mapping[int, float], baseline: Mapping[int, float], accuracy: float
+) -> tuple[float, bool] | None:
+    """(baseline's samples / curve's samples at equal `accuracy`, exact?); None where `curve` does not reach it.
+
+    Where the baseline never reaches the accuracy the ratio of its largest sample count is a lower bound: (ratio, False).
+    """
+    ours = samples_to_reach(curve, accuracy)
+    if ours is None or not baseline:
+        return None
+    theirs = samples_to_reach(baseline, accuracy)
+    if theirs is None:
+        return max(baseline) / max(ours, 1.0), False
+    return max(theirs, 1.0) / max(ours, 1.0), True
+
+
+def format_samples(samples: float | None) -> str:
+    """`samples` without decimals, or "not reached"."""
+    return "not reached" if samples is None else f"{samples:,.0f}"
+
+
+def format_reduction(reduction: tuple[float, bool] | None) -> str:
+    """ "2.3x", "> 15.2x" for a lower bound, "-" where the subnet does not reach the accuracy."""
+    if reduction is None:
+        return "-"
+    ratio, is_exact = reduction
+    return f"{ratio:.1f}x" if is_exact else f"> {ratio:.1f}x"

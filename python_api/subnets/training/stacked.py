@@ -1,0 +1,260 @@
+"""Many small GPT-2s of one shape, trained side by side: every parameter carries a leading member dimension P.
+
+One network of this size keeps a CPU busy with call overhead rather than arithmetic. Stacked, each layer is one batched
+GEMM over all members. Forward and backward are written out by hand, so that gradients land in persistent buffers and
+nothing is allocated twice; a test holds losses and gradients against autograd on the plain network.
+
+Members never mix: each row of every product belongs to one member, so a member's numbers depend on who else is in the
+stack only through the rounding of the GEMM library.
+
+Letters: P members, B sequences, T = 3 input positions, M = B * T rows, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from subnets.training.gpt2 import GPT2Shape
+
+_EPS = 1e-5  # of every LayerNorm, as in GPT-2
+
+
+class DropoutNoise:
+    """Dropout factors (0 or 1/(1-p)) for one training step; member i draws from its own byte generator alone.
+
+    Each decision uses 16 random bits, so p is rounded to a multiple of 2^-16.
+    """
+
+    def __init__(self, generators: Sequence[np.random.Generator], p: float) -> None:
+        self.generators = generators
+        self.threshold = round(p * 65536) - 32768
+        self.scale = 1.0 / (1.0 - p)
+
+    def factors(self, counts: Sequence[int]) -> list[Tensor]:
+        """One fp32 [P, count] tensor of factors for each count."""
+        total = sum(counts)
+        bits = np.stack([np.frombuffer(g.bytes(2 * total), dtype=np.int16) for g in self.generators])
+        keep = torch.from_numpy(bits) >= self.threshold
+        return [part.to(torch.float32).mul_(self.scale) for part in keep.split(list(counts), dim=1)]
+
+
+@dataclass
+class _Norm:
+    """What LayerNorm's backward needs: its input, the normalised input, mean and 1/std."""
+
+    x: Tensor
+    normalised: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+@dataclass
+class _BlockTape:
+    """What one block keeps for backward; the dropout factors are None without dropout."""
+
+    norm_1: _Norm
+    normed_1: Tensor
+    qkv: Tensor
+    probabilities: Tensor
+    dropped: Tensor
+    mixed: Tensor
+    norm_2: _Norm
+    normed_2: Tensor
+    hidden: Tensor
+    activated: Tensor
+    drop_attention: Tensor | None = None
+    drop_residual: Tensor | None = None
+    drop_mlp: Tensor | None = None
+
+
+@dataclass
+class _Tape:
+    """What the whole pass keeps for backward."""
+
+    tokens: Tensor
+    blocks: list[_BlockTape] = field(default_factory=list)
+    drop_embedding: Tensor | None = None
+    norm_f: _Norm | None = None
+    normed_f: Tensor | None = None
+
+
+def _mix(weights: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
+    """weights [N, T, T] @ values [N, T, d] for tiny T: T elementwise passes, 4x faster than bmm at T = 3, d = 32."""
+    out = torch.mul(weights[:, :, :1], values[:, :1], out=out)
+    for j in range(1, values.shape[1]):
+        out.addcmul_(weights[:, :, j : j + 1], values[:, j : j + 1])
+    return out
+
+
+class StackedGPT2:
+    """P networks of one shape; `params[name]` is fp32 [P, ...] under the names of `LeanGPT2`, `grads` likewise."""
+
+    def __init__(self, shape: GPT2Shape, states: Sequence[dict[str, Tensor]]) -> None:
+        if not states:
+            raise ValueError("StackedGPT2: states must hold at least one state dict, got none")
+        self.shape = shape
+        self.params = {name: torch.stack([state[name].float() for state in states]) for name in states[0]}
+        self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
+        self.members = len(states)
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """A copy of one member's parameters, fit for `LeanGPT2.load_state_dict`."""
+        return {name: value[member].clone() for name, value in self.params.items()}
+
+    @torch.no_grad()
+    def loss_and_grads(self, sequences: Tensor, noise: DropoutNoise | None = None) -> Tensor:
+        """Language-model loss [P] of sequences int64 [P, B, 4]; fills `grads` with each member's own gradient."""
+        inputs, targets = sequences[..., :-1], sequences[..., 1:].flatten(1)
+        tape = self._forward(inputs, noise)
+        logits = torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2))
+        probabilities = torch.softmax(logits, dim=-1)
+        right = probabilities.gather(-1, targets[..., None])
+        losses = -right.clamp_min(1e-45).log_().mean(dim=(1, 2))
+        grad_logits = probabilities.scatter_(-1, targets[..., None], right - 1.0).div_(targets.shape[1])
+        self._backward(tape, grad_logits)
+        return losses
+
+    @torch.no_grad()
+    def answers(self, sequences: Tensor) -> Tensor:
+        """The argmax over the vocabulary at the separator, int64 [P, B], without dropout."""
+        tape = self._forward(sequences[..., :-1], None, keep=False)
+        batch = sequences.shape[1]
+        last = tape.normed_f.view(self.members, batch, -1, self.shape.width)[:, :, -1]
+        return torch.bmm(last, self.params["wte.weight"].transpose(1, 2)).argmax(-1)
+
+    # ------------------------------------------------------------------ forward
+
+    def _forward(self, tokens: Tensor, noise: DropoutNoise | None, keep: bool = True) -> _Tape:
+        shape, params = self.shape, self.params
+        members, batch, length = tokens.shape
+        offset = torch.arange(members).view(-1, 1, 1) * shape.vocabulary
+        tape = _Tape((tokens + offset).flatten())
+        x = F.embedding(tape.tokens, params["wte.weight"].flatten(0, 1)).view(members, batch, length, shape.width)
+        x = x.add_(params["wpe.weight"][:, None, :length]).flatten(1, 2)
+        drops = self._drops(noise, batch, length)
+        if drops is not None:
+            tape.drop_embedding = drops[0]
+            x = x.mul_(drops[0])
+        for i in range(shape.layers):
+            x, block = self._block(i, x, batch, None if drops is None else drops[1 + 3 * i : 4 + 3 * i])
+            if keep:
+                tape.blocks.append(block)
+        tape.normed_f, tape.norm_f = self._norm("ln_f", x)
+        return tape
+
+    def _drops(self, noise: DropoutNoise | None, batch: int, length: int) -> list[Tensor] | None:
+        """Factors for the embedding, then per block for attention, its output and the MLP's output."""
+        if noise is None:
+            return None
+        shape = self.shape
+        rows, pairs = batch * length * shape.width, batch * shape.heads * length * length
+        flat = noise.factors([rows] + [pairs, rows, rows] * shape.layers)
+        for i, part in enumerate(flat):
+            if i % 3 == 1:
+                flat[i] = part.reshape(-1, length, length)
+            else:
+                flat[i] = part.view(self.members, batch * length, shape.width)
+        return flat
+
+    def _norm(self, name: str, x: Tensor) -> tuple[Tensor, _Norm]:
+        normalised, mean, rstd = torch.native_layer_norm(x, (self.shape.width,), None, None, _EPS)
+        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        return torch.addcmul(bias[:, None], normalised, weight[:, None]), _Norm(x, normalised, mean, rstd)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    def _block(self, i: int, x: Tensor, batch: int, drops: list[Tensor] | None) -> tuple[Tensor, _BlockTape]:
+        heads, width = self.shape.heads, self.shape.width
+        members, rows, _ = x.shape
+        length = rows // batch
+        normed_1, norm_1 = self._norm(f"h.{i}.ln_1", x)
+        qkv = self._linear(f"h.{i}.attn.c_attn", normed_1)
+        qkv = qkv.view(members * batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        qkv = qkv.reshape(3, -1, length, width // heads)
+        causal = torch.full((length, length), -math.inf).triu_(1)
+        scores = torch.baddbmm(causal, qkv[0], qkv[1].transpose(1, 2), alpha=1.0 / math.sqrt(width // heads))
+        probabilities = torch.softmax(scores, dim=-1)
+        dropped = probabilities if drops is None else probabilities * drops[0]
+        mixed = _mix(dropped, qkv[2]).view(members * batch, heads, length, -1).transpose(1, 2)
+        mixed = mixed.reshape(members, rows, width)
+        residual = self._linear(f"h.{i}.attn.c_proj", mixed)
+        x = residual.add_(x) if drops is None else torch.addcmul(x, residual, drops[1])
+        normed_2, norm_2 = self._norm(f"h.{i}.ln_2", x)
+        hidden = self._linear(f"h.{i}.mlp.c_fc", normed_2)
+        activated = F.gelu(hidden, approximate="tanh")
+        residual = self._linear(f"h.{i}.mlp.c_proj", activated)
+        x = residual.add_(x) if drops is None else torch.addcmul(x, residual, drops[2])
+        tape = _BlockTape(norm_1, normed_1, qkv, probabilities, dropped, mixed, norm_2, normed_2, hidden, activated)
+        if drops is not None:
+            tape.drop_attention, tape.drop_residual, tape.drop_mlp = drops
+        return x, tape
+
+    # ----------------------------------------------------------------- backward
+
+    def _backward(self, tape: _Tape, grad_logits: Tensor) -> None:
+        shape, grads = self.shape, self.grads
+        torch.bmm(grad_logits.transpose(1, 2), tape.normed_f, out=grads["wte.weight"])
+        grad = torch.bmm(grad_logits, self.params["wte.weight"])
+        grad = self._norm_backward("ln_f", grad, tape.norm_f)
+        batch = tape.tokens.numel() // (self.members * (shape.context - 1))
+        for i in reversed(range(shape.layers)):
+            grad = self._block_backward(i, grad, tape.blocks[i], batch)
+        if tape.drop_embedding is not None:
+            grad = grad.mul_(tape.drop_embedding)
+        by_position = grad.view(self.members, batch, -1, shape.width).sum(1)
+        grads["wpe.weight"].zero_()
+        grads["wpe.weight"][:, : by_position.shape[1]] = by_position
+        grads["wte.weight"].flatten(0, 1).index_add_(0, tape.tokens, grad.view(-1, shape.width))
+
+    def _norm_backward(self, name: str, grad: Tensor, norm: _Norm) -> Tensor:
+        torch.sum(grad, 1, out=self.grads[f"{name}.bias"])
+        torch.sum(grad * norm.normalised, 1, out=self.grads[f"{name}.weight"])
+        grad = grad * self.params[f"{name}.weight"][:, None]
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, norm.x, (self.shape.width,), norm.mean, norm.rstd, None, None, (True, False, False)
+        )[0]
+
+    def _linear_backward(self, name: str, grad: Tensor, x: Tensor) -> Tensor:
+        torch.sum(grad, 1, out=self.grads[f"{name}.bias"])
+        torch.bmm(grad.transpose(1, 2), x, out=self.grads[f"{name}.weight"])
+        return torch.bmm(grad, self.params[f"{name}.weight"])
+
+    def _block_backward(self, i: int, grad: Tensor, tape: _BlockTape, batch: int) -> Tensor:
+        inner = grad if tape.drop_mlp is None else grad * tape.drop_mlp
+        inner = self._linear_backward(f"h.{i}.mlp.c_proj", inner, tape.activated)
+        inner = torch.ops.aten.gelu_backward(inner, tape.hidden, approximate="tanh")
+        inner = self._linear_backward(f"h.{i}.mlp.c_fc", inner, tape.normed_2)
+        grad = self._norm_backward(f"h.{i}.ln_2", inner, tape.norm_2).add_(grad)
+        inner = grad if tape.drop_residual is None else grad * tape.drop_residual
+        inner = self._linear_backward(f"h.{i}.attn.c_proj", inner, tape.mixed)
+        inner = self._attention_backward(inner, tape, batch)
+        inner = self._linear_backward(f"h.{i}.attn.c_attn", inner, tape.normed_1)
+        return self._norm_backward(f"h.{i}.ln_1", inner, tape.norm_1).add_(grad)
+
+    def _attention_backward(self, grad: Tensor, tape: _BlockTape, batch: int) -> Tensor:
+        """Gradient of q, k and v, [P, M, 3D], from the gradient of the mixed values, [P, M, D]."""
+        heads, width = self.shape.heads, self.shape.width
+        members, rows, _ = grad.shape
+        length = rows // batch
+        q, k, v = tape.qkv
+        grad = grad.view(members * batch, length, heads, -1).transpose(1, 2).reshape(-1, length, width // heads)
+        grad_qkv = torch.empty_like(tape.qkv)
+        _mix(tape.dropped.transpose(1, 2), grad, out=grad_qkv[2])
+        grad_scores = torch.bmm(grad, v.transpose(1, 2))
+        if tape.drop_attention is not None:
+            grad_scores = grad_scores.mul_(tape.drop_attention)
+        grad_scores = torch._softmax_backward_data(grad_scores, tape.probabilities, -1, torch.float32)
+        grad_scores = grad_scores.mul_(1.0 / math.sqrt(width // heads))
+        _mix(grad_scores, k, out=grad_qkv[0])
+        _mix(grad_scores.transpose(1, 2), q, out=grad_qkv[1])
+        grad_qkv = grad_qkv.view(3, members * batch, heads, length, -1).permute(1, 3, 0, 2, 4)
+        return grad_qkv.reshape(members, rows, 3 * width)
