@@ -1,0 +1,352 @@
+"""`Subnet`: which weights of a network belong to a subnetwork, with its file, its algebra and its controls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import subnet_file
+from .subnet_file import Contents, check_values, listed, weights_hash
+
+Mode = Literal["keep", "ablate"]
+
+
+class Subnet:
+    """A set of weights of a network: one bool mask per parameter, True where the weight belongs to the subnet.
+
+    Parameters that have no mask (biases, embeddings, ... as a rule) are not part of the question: `applied` and
+    `transfer` leave them as they are.
+
+    Args:
+        masks: parameter name of the unmasked model (``"0.weight"``) to bool tensor of the parameter's shape. Copied to
+            the CPU.
+        provenance: where the subnet comes from: a dict that JSON can hold (task, seed, scores, ...).
+        base_hash: `weights_hash` of the network that the subnet was found in, over the parameters named in ``masks``.
+            `save` with ``weights=`` fills it in.
+        weights: parameter name to the kept values ``[kept]`` in the C order of the mask, so that the subnet can be
+            planted without its network.
+
+    Raises:
+        TypeError: a mask is not a bool tensor, or the provenance cannot be written as JSON.
+        ValueError: no mask, or values that do not fit the masks.
+
+    >>> subnet = Subnet({"0.weight": torch.tensor([[True, False], [False, False]])}, {"task": "ab mod 7"})
+    >>> subnet.density(), (~subnet).density(), subnet.iou(~subnet)
+    (0.25, 0.75, 0.0)
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        base_hash: str | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if not isinstance(masks, Mapping):
+            raise TypeError(
+                f"Subnet: masks must be a dict of parameter name to bool tensor, got {type(masks).__name__}"
+            )
+        if not masks:
+            raise ValueError("Subnet: masks must name at least one parameter, got an empty dict")
+        for name, mask in masks.items():
+            if not isinstance(name, str) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"Subnet: the mask of {name!r} must be a bool tensor, got {got}; pass scores > 0")
+        self.masks: dict[str, Tensor] = {name: _own(mask) for name, mask in masks.items()}
+        self.provenance: dict[str, Any] = _json_copy(provenance)
+        self.base_hash = base_hash
+        self.weights: dict[str, Tensor] | None = None
+        if weights is not None:
+            if set(weights) != set(masks):
+                raise ValueError(f"Subnet: weights must name the same parameters as masks, got {listed(weights)}")
+            for name, values in weights.items():
+                check_values(name, self.masks[name], values)
+            self.weights = {name: _own(weights[name]) for name in self.masks}
+
+    # --- size
+
+    def num_kept(self) -> int:
+        """Return the number of weights in the subnet."""
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    def density(self, per_layer: bool = False) -> float | dict[str, float]:
+        """Return the fraction of weights kept, over all masks together, or ``per_layer`` as a dict by parameter name.
+
+        A mask without elements has density 0.
+        """
+        if per_layer:
+            return {name: int(mask.sum()) / max(1, mask.numel()) for name, mask in self.masks.items()}
+        return self.num_kept() / max(1, sum(mask.numel() for mask in self.masks.values()))
+
+    def __repr__(self) -> str:
+        total = sum(mask.numel() for mask in self.masks.values())
+        values = ", with values" if self.weights else ""
+        return (
+            f"Subnet({len(self.masks)} parameters, {self.num_kept()} of {total} weights, "
+            f"density {self.density():.4f}{values}, provenance={self.provenance})"
+        )
+
+    # --- algebra: the results carry no values; the base's hash stays where both sides agree on it
+
+    def __and__(self, other: Subnet) -> Subnet:
+        """Return the weights in both subnets."""
+        return self._combined(other, "and", torch.logical_and)
+
+    def __or__(self, other: Subnet) -> Subnet:
+        """Return the weights in either subnet."""
+        return self._combined(other, "or", torch.logical_or)
+
+    def __sub__(self, other: Subnet) -> Subnet:
+        """Return the weights of this subnet that are not in the other."""
+        return self._combined(other, "minus", lambda a, b: a & ~b)
+
+    def __invert__(self) -> Subnet:
+        """Return the complement: all other weights of the same parameters."""
+        masks = {name: ~mask for name, mask in self.masks.items()}
+        return Subnet(masks, {"operation": "complement", "of": [self.provenance]}, base_hash=self.base_hash)
+
+    def iou(self, other: Subnet) -> float:
+        """Return intersection over union, ``|A & B| / |A | B|`` in weights; 1.0 if both are empty."""
+        self._check_same_parameters(other, "iou")
+        pairs = [(mask, other.masks[name]) for name, mask in self.masks.items()]
+        union = sum(int((a | b).sum()) for a, b in pairs)
+        return sum(int((a & b).sum()) for a, b in pairs) / union if union else 1.0
+
+    def _combined(self, other: Subnet, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Subnet:
+        if not isinstance(other, Subnet):
+            return NotImplemented
+        self._check_same_parameters(other, operation)
+        masks = {name: combine(mask, other.masks[name]) for name, mask in self.masks.items()}
+        provenance = {"operation": operation, "of": [self.provenance, other.provenance]}
+        return Subnet(masks, provenance, base_hash=self.base_hash if self.base_hash == other.base_hash else None)
+
+    def _check_same_parameters(self, other: Subnet, operation: str) -> None:
+        if not isinstance(other, Subnet):
+            raise TypeError(f"Subnet {operation}: the other side must be a Subnet, got {type(other).__name__}")
+        odd = [name for name in {**self.masks, **other.masks} if _shape(self, name) != _shape(other, name)]
+        if odd:
+            sides = listed(f"{name} ({_shape(self, name)} and {_shape(other, name)})" for name in odd)
+            raise ValueError(f"Subnet {operation}: both sides must mask the same parameters, these differ: {sides}")
+
+    # --- controls
+
+    def sample_like(self, generator: torch.Generator) -> Subnet:
+        """Return a random subnet with as many weights per parameter as this one, drawn from all its weights.
+
+        Args:
+            generator: a CPU `torch.Generator`; its state decides the draw and is advanced. The order of the masks plays
+                no role.
+        """
+        everything = {name: torch.ones_like(mask) for name, mask in self.masks.items()}
+        return self._sampled(everything, generator, "sample_like")
+
+    def complement_sample(self, generator: torch.Generator) -> Subnet:
+        """Return a random subnet with as many weights per parameter as this one, drawn from outside it.
+
+        Raises:
+            ValueError: a parameter keeps more than half of its weights, so that there are too few outside.
+        """
+        full = [
+            f"{name} ({int(mask.sum())} inside, {int((~mask).sum())} outside)"
+            for name, mask in self.masks.items()
+            if int(mask.sum()) > int((~mask).sum())
+        ]
+        if full:
+            raise ValueError(
+                "Subnet.complement_sample: as many weights as the subnet has must exist outside it, which fails for "
+                f"{listed(full)}; use sample_like, or a sparser subnet"
+            )
+        return self._sampled({name: ~mask for name, mask in self.masks.items()}, generator, "complement_sample")
+
+    def _sampled(self, candidates: dict[str, Tensor], generator: torch.Generator, control: str) -> Subnet:
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            raise TypeError(
+                f"Subnet.{control}: generator must be a CPU torch.Generator, got {generator!r}; "
+                "pass torch.Generator().manual_seed(seed)"
+            )
+        masks = {}
+        for name in sorted(self.masks):
+            positions = candidates[name].reshape(-1).nonzero().reshape(-1)
+            chosen = torch.randperm(positions.numel(), generator=generator)[: int(self.masks[name].sum())]
+            sample = torch.zeros(self.masks[name].numel(), dtype=torch.bool)
+            sample[positions[chosen]] = True
+            masks[name] = sample.view_as(self.masks[name])
+        ordered = {name: masks[name] for name in self.masks}
+        return Subnet(ordered, {"control": control, "of": [self.provenance]}, base_hash=self.base_hash)
+
+    # --- on a model
+
+    def parameters_in(self, model: nn.Module, caller: str = "Subnet.parameters_in") -> dict[str, nn.Parameter]:
+        """Return the model's parameters that the masks belong to, by name; ``caller`` begins the error message.
+
+        Raises:
+            ValueError: a parameter is missing or differently shaped (all of them listed, with the model's parameters
+                that the subnet does not know), has no floating-point values, or stands under two names of the subnet
+                (tied weights: keep the mask of one name).
+        """
+        return fitting_parameters(self.masks, model, caller)
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, mode: Mode = "keep") -> nn.Module:
+        """Set weights of ``model`` to zero in place and return it: ``w * m`` ("keep") or ``w * (1 - m)`` ("ablate").
+
+        Args:
+            model: an unmasked model whose parameters fit; parameters without a mask are left alone.
+            mode: "keep" zeroes everything outside the subnet, "ablate" the subnet itself.
+
+        Raises:
+            ValueError: the subnet does not fit the model (nothing is changed then), or an unknown mode.
+        """
+        self._zero(self.parameters_in(model, "Subnet.apply_"), mode, "Subnet.apply_")
+        return model
+
+    @contextmanager
+    def applied(self, model: nn.Module, mode: Mode = "keep") -> Iterator[nn.Module]:
+        """Context in which ``model`` computes with the subnet alone ("keep") or without it ("ablate").
+
+        Args and errors as for `apply_`. On leaving, also through an exception, the masked parameters get their former
+        values back bit for bit; what the block wrote into them is lost. Costs one copy of these parameters.
+        """
+        parameters = self.parameters_in(model, "Subnet.applied")
+        _check_mode(mode, "Subnet.applied")
+        with torch.no_grad():
+            saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            self._zero(parameters, mode, "Subnet.applied")
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(saved[name])
+
+    @torch.no_grad()
+    def _zero(self, parameters: Mapping[str, nn.Parameter], mode: Mode, caller: str) -> None:
+        _check_mode(mode, caller)
+        for name, parameter in parameters.items():
+            mask = self.masks[name].to(parameter.device)
+            parameter.masked_fill_(mask if mode == "ablate" else ~mask, 0)
+
+    # --- file
+
+    def save(self, path: str | os.PathLike[str], weights: nn.Module | None = None) -> None:
+        """Write the subnet to a safetensors file: 1 bit per weight, and the kept values if there are any.
+
+        The file is written under a temporary name and renamed, so ``path`` holds the old or the new subnet, never half.
+
+        Args:
+            path: file to write; an existing one is replaced.
+            weights: the network that the subnet was found in; its kept values (only these) and its `weights_hash` go
+                into the file, which can then be planted alone. None writes the values that the subnet carries, if any.
+
+        Raises:
+            ValueError: the subnet does not fit ``weights``, ``weights`` is another network than the one that the subnet
+                remembers, or a kept value is not finite.
+        """
+        subnet = self if weights is None else self.with_weights(weights, "Subnet.save")
+        subnet_file.write(path, Contents(subnet.masks, subnet.provenance, subnet.weights, subnet.base_hash))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Subnet:
+        """Return the subnet of a file written by `save`, on the CPU; all of it is verified first.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut, damaged (a checksum covers every byte of names, shapes, masks, values and
+                provenance), of another format or version, or contradicts itself.
+        """
+        contents = subnet_file.read(path)
+        return cls(contents.masks, contents.provenance, base_hash=contents.base_hash, weights=contents.weights)
+
+    def with_weights(self, model: nn.Module, caller: str = "Subnet.with_weights") -> Subnet:
+        """Return the same subnet carrying ``model``'s kept values and hash. Errors as for `save`."""
+        parameters = self.parameters_in(model, caller)
+        base_hash = weights_hash(parameters)
+        if self.base_hash is not None and self.base_hash != base_hash:
+            raise ValueError(
+                f"{caller}: weights must be the network that the subnet was found in, but its weights have hash "
+                f"{base_hash[:12]} and the subnet remembers {self.base_hash[:12]}; pass that network, unmasked"
+            )
+        values = {name: kept_values(self.masks[name], parameter) for name, parameter in parameters.items()}
+        check_finite(values, caller)
+        return Subnet(self.masks, self.provenance, base_hash=base_hash, weights=values)
+
+
+def fitting_parameters(masks: Mapping[str, Tensor], model: nn.Module, caller: str) -> dict[str, nn.Parameter]:
+    """Return ``model``'s parameters named in ``masks``. See `Subnet.parameters_in`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: a model must be a torch.nn.Module, got {type(model).__name__}")
+    available = dict(model.named_parameters(remove_duplicate=False))
+    found = {name: available[name] for name in masks if name in available}
+    missing = [name for name in masks if name not in available]
+    reshaped = [
+        f"{name} (subnet {list(masks[name].shape)}, model {list(parameter.shape)})"
+        for name, parameter in found.items()
+        if parameter.shape != masks[name].shape
+    ]
+    if missing or reshaped:
+        extra = [name for name, parameter in available.items() if name not in masks and parameter.ndim > 1]
+        problems = [("missing from the model", missing), ("differently shaped", reshaped)]
+        text = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
+        hint = f"; the model has besides: {listed(extra)}" if missing and extra else ""
+        raise ValueError(f"{caller}: the subnet does not fit the model; {text}{hint}; pass the model it was made for")
+    _check_plain(found, caller)
+    return found
+
+
+def _check_plain(parameters: Mapping[str, nn.Parameter], caller: str) -> None:
+    seen: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if id(parameter) in seen:
+            raise ValueError(
+                f"{caller}: {seen[id(parameter)]} and {name} are the same tied parameter and both have a mask; "
+                "keep the mask of one of the names"
+            )
+        seen[id(parameter)] = name
+        is_plain = type(parameter.data) is Tensor and parameter.layout == torch.strided
+        if not is_plain or not parameter.is_floating_point() or parameter.device.type == "meta":
+            raise ValueError(
+                f"{caller}: {name} must be a plain floating-point parameter with values, got "
+                f"{type(parameter.data).__name__} {parameter.dtype} on {parameter.device}; "
+                "sharded, quantized and meta parameters are not handled"
+            )
+
+
+def kept_values(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return ``weight[mask]`` in C order: ``[kept]``, a copy on weight's device."""
+    return weight.detach()[mask.to(weight.device)]
+
+
+def check_finite(values: Mapping[str, Tensor], caller: str) -> None:
+    """Raise ValueError naming the parameters whose kept values hold a NaN or an infinity."""
+    bad = [name for name, kept in values.items() if not bool(torch.isfinite(kept).all())]
+    if bad:
+        raise ValueError(f"{caller}: the kept values must be finite, these hold NaN or infinity: {listed(bad)}")
+
+
+def _check_mode(mode: str, caller: str) -> None:
+    if mode not in ("keep", "ablate"):
+        raise ValueError(f"{caller}: mode must be 'keep' or 'ablate', got {mode!r}")
+
+
+def _shape(subnet: Subnet, name: str) -> list[int] | str:
+    return list(subnet.masks[name].shape) if name in subnet.masks else "absent"
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", memory_format=torch.contiguous_format, copy=True)
+
+
+def _json_copy(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    if provenance is not None and not isinstance(provenance, Mapping):
+        raise TypeError(f"Subnet: provenance must be a dict, got {type(provenance).__name__}")
+    try:
+        return json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Subnet: provenance must hold only what JSON can ({error}); convert it first") from error

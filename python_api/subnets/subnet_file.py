@@ -1,0 +1,160 @@
+"""The file of a subnet: safetensors with one packed mask per parameter, checked in full before anything is returned.
+
+Tensors: ``<parameter name>`` uint8 ``[ceil(n / 8)]`` (layout: `subnet_kernels.packing`) and, where the kept values were
+saved too, ``values:<parameter name>`` ``[kept]`` in the C order of the mask, in the parameter's dtype.
+Metadata (text): ``format``, ``format_version``, ``shapes`` (JSON, in the subnet's order), ``provenance`` (JSON),
+``base_hash`` (see `weights_hash`, or empty) and ``checksum``, the SHA-256 of everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from subnet_kernels.packing import pack_mask, unpack_mask
+
+FORMAT = "subnets.Subnet"
+FORMAT_VERSION = "1"
+_VALUES = "values:"
+_METADATA_KEYS = {"format", "format_version", "shapes", "provenance", "base_hash", "checksum"}
+
+
+class Contents(NamedTuple):
+    """What a file holds: masks and provenance, and where they were saved the kept values and the base's hash."""
+
+    masks: dict[str, Tensor]
+    provenance: dict[str, Any]
+    weights: dict[str, Tensor] | None
+    base_hash: str | None
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) over name, dtype, shape and bytes (C order) of each tensor, in the order of the names.
+
+    Two networks have the same hash exactly if these parameters agree to the bit; strides and device play no role.
+    """
+    digest = hashlib.sha256()
+    _update(digest, weights)
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write the file under a temporary name in the same folder and rename it, so ``path`` is never half written."""
+    path = Path(path)
+    tensors = {name: pack_mask(mask) for name, mask in contents.masks.items()}
+    tensors.update({_VALUES + name: values for name, values in (contents.weights or {}).items()})
+    if len(tensors) != len(contents.masks) + len(contents.weights or {}):
+        raise ValueError(f"Subnet.save: no parameter may be named '{_VALUES}...', the file keeps the values there")
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in contents.masks.items()}),
+        "provenance": json.dumps(contents.provenance, allow_nan=False),
+        "base_hash": contents.base_hash or "",
+    }
+    metadata["checksum"] = _checksum(metadata, tensors)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Return the contents of a subnet file, or raise ValueError (FileNotFoundError) saying what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Subnet.load: there is no file {path}; check the path, or save a subnet there first")
+    metadata, tensors = _read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise _bad(path, "it is a safetensors file of something else", "pass a file written by Subnet.save")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        version = metadata.get("format_version")
+        raise _bad(path, f"its format_version is {version!r}, this version reads {FORMAT_VERSION!r}", "update subnets")
+    stored = metadata.get("checksum")
+    if set(metadata) != _METADATA_KEYS or stored != _checksum(metadata, tensors):
+        raise _bad(path, "its checksum does not match its contents, so the file is damaged")
+    try:
+        return _decode(metadata, tensors)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a right checksum over wrong contents
+        raise _bad(path, f"its contents contradict each other ({error})") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            names = list(file.keys())
+            # Clones: what safe_open returns may look into the mapped file, which somebody may overwrite later.
+            return metadata, {name: file.get_tensor(name).clone() for name in names}
+    except Exception as error:  # safetensors raises its own type, and OSError, ValueError, RuntimeError from below
+        raise _bad(
+            path, f"it is not a readable safetensors file ({error}), so it is damaged, cut or foreign"
+        ) from error
+
+
+def _decode(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Contents:
+    """Turn checked metadata and tensors into masks and values; any contradiction raises."""
+    shapes = json.loads(metadata["shapes"])
+    masks = {name: unpack_mask(tensors[name], tuple(shape)) for name, shape in shapes.items()}
+    provenance = json.loads(metadata["provenance"])
+    if not masks or not isinstance(provenance, dict):
+        raise ValueError("it holds no mask, or a provenance that is no dict")
+    weights = {name.removeprefix(_VALUES): tensors[name] for name in tensors if name not in masks}
+    if weights and set(weights) != set(masks):
+        raise ValueError("it holds kept values for other parameters than masks")
+    for name, values in weights.items():
+        check_values(name, masks[name], values)
+    return Contents(
+        masks, provenance, {name: weights[name] for name in masks} if weights else None, metadata["base_hash"] or None
+    )
+
+
+def check_values(name: str, mask: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless ``values`` are 1-D, floating, and as many as ``mask`` keeps."""
+    kept = int(mask.sum())
+    if values.ndim != 1 or values.numel() != kept or not values.is_floating_point():
+        raise ValueError(
+            f"Subnet: the values kept of {name!r} must be {kept} floating-point numbers in one dimension, "
+            f"got {values.dtype} {list(values.shape)}"
+        )
+
+
+def _bad(path: Path, what: str, mend: str = "restore it from a copy or save the subnet again") -> ValueError:
+    return ValueError(f"Subnet.load: cannot load {path}: {what}; {mend}")
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    text = {key: value for key, value in metadata.items() if key != "checksum"}
+    digest.update(json.dumps(text, sort_keys=True).encode())
+    _update(digest, tensors)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_as_bytes(tensor))
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Return the names for an error message: the first few, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
