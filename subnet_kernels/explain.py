@@ -22,7 +22,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         args, kwargs: what the op would be called with.
 
     Raises:
-        ValueError: no op has that name, or an argument that decides is missing or does not fit.
+        ValueError, TypeError: no op has that name, or an argument that decides is missing or does not fit.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         given = {"weight": (given.get("weights") or given["weight"])[0], "scores": given["scores"][0], **kwargs}
     for name in names:
         if not isinstance(given.get(name), Tensor):
-            raise ValueError(f"explain: {op} needs the tensor {name}, got {type(given.get(name)).__name__}")
+            raise TypeError(f"explain: {op} needs the tensor {name}, got {type(given.get(name)).__name__}")
     weight, scores = given["weight"], given["scores"]
     checks.check_weight_and_scores(op, weight, scores)
     compute = checks.cast_for_autocast(given["x"], checks.autocast_dtype(given["x"])).dtype if "x" in given else (

@@ -45,7 +45,7 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one masked weight."""
 
-    __slots__ = ("w_eff", "penalty", "_key", "__weakref__")
+    __slots__ = ("__weakref__", "_key", "penalty", "w_eff")
 
     def __init__(self) -> None:
         _register_hook_once()

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
 from subnet_kernels.backends.base import Call
 from subnet_kernels.dispatch import choose
 from subnet_kernels.masks import MaskKind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weights_raw
 from subnet_kernels.ops.mask import mask as mask_op
-from subnet_kernels.optim import Masked, MaskAdamW
-from torch import Tensor, nn
+from subnet_kernels.optim import MaskAdamW, Masked
 
 from .nn import MaskedLayer
 from .nn.base import MaskState, Schedule, Unit, new_state
@@ -345,7 +346,7 @@ class MaskSet:
         assert isinstance(densities, dict)
         return [
             {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
-             "runs": runs[name], "backend": choose(_call_of(layer, layer.weight.dtype)).name}  # fmt: skip
+             "runs": runs[name], "backend": choose(_call_of(layer, layer.weight.dtype)).name}
             for name, layer in self.layers.items()
         ]
 

@@ -126,7 +126,7 @@ def check_same_number(op: str, **lists: Sequence[object]) -> None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype to which autocast, if it is on for the tensor's device, would cast the inputs of F.linear."""
     device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

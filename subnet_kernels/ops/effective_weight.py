@@ -92,7 +92,7 @@ def _implementation(
     return chosen.effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
 
 
-def _fake(weight, scores, beta, kind, params, key, dtype, backend):  # noqa: ANN001, ANN202 (the implementation's)
+def _fake(weight, scores, beta, kind, params, key, dtype, backend):
     return torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
 
 
@@ -111,8 +111,8 @@ def _backward_implementation(
     )
 
 
-def _backward_fake(  # noqa: ANN202
-    grad_w_eff, grad_penalty, weight, scores, beta, kind, params, key, backend, needs_scores, needs_weight  # noqa: ANN001
+def _backward_fake(
+    grad_w_eff, grad_penalty, weight, scores, beta, kind, params, key, backend, needs_scores, needs_weight
 ):
     return (
         torch.empty_like(scores) if needs_scores else no_gradient(scores),

@@ -16,7 +16,7 @@ def _implementation(scores: Tensor, beta: Tensor, kind: str, params: list[float]
     return as_kind(kind, params).value(scores, beta)
 
 
-def _fake(scores, beta, kind, params, key):  # noqa: ANN001, ANN202 (the implementation's)
+def _fake(scores, beta, kind, params, key):
     return torch.empty_like(scores)
 
 
@@ -26,7 +26,7 @@ def _backward_implementation(
     return grad * as_kind(kind, params).slope(scores, beta)
 
 
-def _backward_fake(grad, scores, beta, kind, params, key):  # noqa: ANN001, ANN202
+def _backward_fake(grad, scores, beta, kind, params, key):
     return torch.empty_like(scores)
 
 

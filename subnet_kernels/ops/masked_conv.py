@@ -13,7 +13,13 @@ from ..backends.base import Backend, ConvArgs, Needs
 from ..dispatch import choose
 from ..masks import MaskKind, as_kind
 from . import checks
-from .effective_weight import call_of, is_transformed, no_gradient, plain_effective_weight, some
+from .effective_weight import (
+    call_of,
+    is_transformed,
+    no_gradient,
+    plain_effective_weight,
+    some,
+)
 from .masked_linear import Settings
 from .registry import register_op
 
@@ -97,8 +103,8 @@ def _implementation(
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 
-def _fake(  # noqa: ANN202
-    x, weight, scores, beta, bias, stride, padding, dilation, groups, kind, params, key, plan, backend  # noqa: ANN001
+def _fake(
+    x, weight, scores, beta, bias, stride, padding, dilation, groups, kind, params, key, plan, backend
 ):
     w_eff = torch.empty_like(weight, dtype=x.dtype)
     out = F.conv2d(x, w_eff, bias, stride, padding, dilation, groups)
@@ -123,9 +129,9 @@ def _backward_implementation(
     )
 
 
-def _backward_fake(  # noqa: ANN202
-    grad_out, grad_penalty, x, weight, scores, beta, w_eff, stride, padding, dilation, groups,  # noqa: ANN001
-    kind, params, key, backend, needs,  # noqa: ANN001
+def _backward_fake(
+    grad_out, grad_penalty, x, weight, scores, beta, w_eff, stride, padding, dilation, groups,
+    kind, params, key, backend, needs,
 ):
     return (
         x.new_empty(x.shape) if needs[0] else no_gradient(x),
@@ -196,6 +202,8 @@ def resolve_conv_args(
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"masked_conv2d: groups must divide weight's {weight.shape[0]} output channels, got {groups!r}")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
     if padding == "valid":
         padding = 0
     if padding == "same":
@@ -206,8 +214,6 @@ def resolve_conv_args(
         if any(extra):
             x = F.pad(x, (0, extra[1], 0, extra[0]))
         padding = (totals[0] // 2, totals[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
     return x, ConvArgs(stride, _pair("padding", padding, 0), dilation, groups)
 
 

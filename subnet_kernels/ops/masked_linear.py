@@ -14,7 +14,13 @@ from ..dispatch import choose
 from ..masks import MaskKind, as_kind
 from ..slots import Slot
 from . import checks
-from .effective_weight import call_of, is_transformed, no_gradient, plain_effective_weight, some
+from .effective_weight import (
+    call_of,
+    is_transformed,
+    no_gradient,
+    plain_effective_weight,
+    some,
+)
 from .registry import register_op
 
 
@@ -96,7 +102,7 @@ def _implementation(
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 
-def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend):  # noqa: ANN001, ANN202
+def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend):
     w_eff = no_gradient(weight) if plan == "fused" else torch.empty_like(weight, dtype=x.dtype)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta), w_eff
 
@@ -117,8 +123,8 @@ def _backward_implementation(
     )
 
 
-def _backward_fake(  # noqa: ANN202
-    grad_out, grad_penalty, x, weight, scores, beta, w_eff, kind, params, key, backend, needs  # noqa: ANN001
+def _backward_fake(
+    grad_out, grad_penalty, x, weight, scores, beta, w_eff, kind, params, key, backend, needs
 ):
     return (
         x.new_empty(x.shape) if needs[0] else no_gradient(x),

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from subnet_kernels.masks import Hard, MaskKind, as_kind, expand_scores, weights_per_score
-from subnet_kernels.slots import Slot
 from torch import Tensor, nn
+
+from subnet_kernels.masks import (
+    Hard,
+    MaskKind,
+    as_kind,
+    expand_scores,
+    weights_per_score,
+)
+from subnet_kernels.slots import Slot
 
 HARD = Hard()
 Unit = str | tuple[int, ...]

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from subnet_kernels.masks import MaskKind
 from subnet_kernels.ops import checks
-from subnet_kernels.ops.masked_conv import check_fits, check_masked_conv2d, resolve_conv_args, run_masked_conv2d
+from subnet_kernels.ops.masked_conv import (
+    check_fits,
+    check_masked_conv2d,
+    resolve_conv_args,
+    run_masked_conv2d,
+)
 from subnet_kernels.ops.masked_linear import Settings
-from torch import Tensor, nn
 
 from .base import MaskedLayer, Unit
 from .convert import from_layer, to_layer

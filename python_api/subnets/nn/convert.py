@@ -6,8 +6,9 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from subnet_kernels.masks import MaskKind, expand_scores
 from torch import Tensor, nn
+
+from subnet_kernels.masks import MaskKind, expand_scores
 
 from .base import HARD, MaskedLayer, MaskState, Unit
 

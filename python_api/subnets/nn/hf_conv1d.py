@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from subnet_kernels.masks import MaskKind
 from torch import Tensor, nn
+
+from subnet_kernels.masks import MaskKind
 
 from .base import MaskedLayer, Unit, unit_shape
 from .convert import from_layer, to_layer

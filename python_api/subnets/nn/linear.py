@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from subnet_kernels.masks import MaskKind
 from subnet_kernels.ops import checks
-from subnet_kernels.ops.masked_linear import Settings, check_masked_linear, run_masked_linear
-from torch import Tensor, nn
+from subnet_kernels.ops.masked_linear import (
+    Settings,
+    check_masked_linear,
+    run_masked_linear,
+)
 
 from .base import MaskedLayer, Unit
 from .convert import from_layer, to_layer
