@@ -5,7 +5,7 @@
 // A policy provides
 //   Float                                    one value or one register of values, fp32
 //   exp_minus(Float a)                       exp(-a) for a >= 0; exactly 0 for a >= 104; NaN stays NaN
-//   reciprocal(Float d)                      1/d for d in [1, 2]
+//   reciprocal_1p(Float e)                   1/(1 + e) for e in [0, 1]
 //   absolute(Float z)
 //   where_nonnegative(Float z, a, b)         z >= 0 ? a : b      (b for NaN)
 //   where_positive(Float z, a, b)            z > 0 ? a : b       (b for NaN)
@@ -34,7 +34,7 @@ struct Mask {
 
   static SUBNET_INLINE Pair sigmoid_pair(Float z) {
     const Float e = Math::exp_minus(Math::absolute(z));
-    const Float above = Math::reciprocal(1.0f + e);
+    const Float above = Math::reciprocal_1p(e);
     return {above, e * above};
   }
 

@@ -56,7 +56,12 @@ struct VectorMath {
 
   static SUBNET_INLINE Vector exp_minus(Vector a) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    a = a > 110.0f ? broadcast(110.0f) : a;  // exp(-104) already rounds to 0; a NaN passes
+    // exp(-104) already rounds to 0; a NaN passes.
+#if defined(__AVX512F__)
+    a = (Vector)_mm512_min_ps(_mm512_set1_ps(110.0f), (__m512)a);
+#else
+    a = a > 110.0f ? broadcast(110.0f) : a;
+#endif
     const Vector shifted = a * -1.44269504f + kMagic;
     const Vector n = shifted - kMagic;
     Vector r = -a - n * 0.693359375f;  // exact: the constant has 9 bits, n at most 8
@@ -66,7 +71,8 @@ struct VectorMath {
     p = p * r + 4.166838899254799e-2f;
     p = p * r + 1.666652113199234e-1f;
     p = p * r + 4.999999403953552e-1f;
-    p = (p * r) * r + r + 1.0f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
 #if defined(__AVX512F__)
     return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -78,13 +84,17 @@ struct VectorMath {
 #endif
   }
 
-  static SUBNET_INLINE Vector reciprocal(Vector d) {
+  // 1/d for d = 1 + e, corrected for the rounding of that sum: within 1 ulp.
+  static SUBNET_INLINE Vector reciprocal_1p(Vector e) {
+    const Vector d = 1.0f + e;
+    const Vector lost = e - (d - 1.0f);  // exact
 #if defined(__AVX512F__)
-    // 14 bits, then one Newton step: within 1 ulp, at a third of the division's time.
-    const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)d);
-    return estimate + estimate * (1.0f - d * estimate);
+    // 14 bits, then one Newton step, at a third of the division's time.
+    const Vector x = (Vector)_mm512_rcp14_ps((__m512)d);
+    return x + x * ((1.0f - d * x) - lost * x);
 #else
-    return 1.0f / d;
+    const Vector x = 1.0f / d;
+    return x - (x * x) * lost;
 #endif
   }
 };
@@ -98,64 +108,42 @@ struct Float32 {
   static SUBNET_INLINE void store(float* to, Vector value) { store_as(to, value); }
 };
 
+// 16-bit integers <-> the low halves of 32-bit ones. GCC 12 expands __builtin_convertvector into three times the work.
+SUBNET_INLINE VectorBits widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (VectorBits)_mm512_cvtepu16_epi32(load_as<__m256i>(from));
+#elif defined(__AVX2__)
+  return (VectorBits)_mm256_cvtepu16_epi32(load_as<__m128i>(from));
+#else
+  return __builtin_convertvector(load_as<VectorHalf>(from), VectorBits);
+#endif
+}
+
+SUBNET_INLINE void narrow(uint16_t* to, VectorBits value) {
+#if defined(__AVX512F__)
+  store_as(to, _mm512_cvtepi32_epi16((__m512i)value));
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_packus_epi32((__m256i)value, (__m256i)value);
+  store_as(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(lanes, 0x08)));
+#else
+  store_as(to, __builtin_convertvector(value, VectorHalf));
+#endif
+}
+
 struct BFloat16 {
   using Stored = uint16_t;
-  static SUBNET_INLINE Vector load(const uint16_t* from) {
-    return (Vector)(__builtin_convertvector(load_as<VectorHalf>(from), VectorBits) << 16);
-  }
+  static SUBNET_INLINE Vector load(const uint16_t* from) { return (Vector)(widen(from) << 16); }
   static SUBNET_INLINE void store(uint16_t* to, Vector value) {
     const VectorBits bits = (VectorBits)value;
-    const VectorBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const VectorBits quiet = (bits >> 16) | 0x40u;
-    const VectorBits result = value == value ? rounded : quiet;
-    store_as(to, __builtin_convertvector(result, VectorHalf));
+    const VectorBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    narrow(to, (value == value ? rounded : bits | 0x400000u) >> 16);
   }
 };
-
-#if !defined(__AVX2__)
-SUBNET_INLINE float half_to_float(uint16_t half) {
-  const uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-  const uint32_t magnitude = half & 0x7fffu;
-  float value;
-  uint32_t bits;
-  if (magnitude >= 0x7c00u) {
-    bits = 0x7f800000u | (magnitude & 0x3ffu) << 13;
-  } else if (magnitude >= 0x400u) {
-    bits = (magnitude << 13) + 0x38000000u;
-  } else {
-    value = (float)magnitude * 5.9604644775390625e-8f;  // subnormal: units of 2^-24
-    __builtin_memcpy(&bits, &value, 4);
-  }
-  bits |= sign;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-SUBNET_INLINE uint16_t float_to_half(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
-  if (magnitude >= 0x38800000u) {
-    return sign | (uint16_t)((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
-  }
-  float small;  // below 2^-14: adding 0.5 leaves the value in units of 2^-24, rounded to nearest even
-  __builtin_memcpy(&small, &magnitude, 4);
-  small += 0.5f;
-  uint32_t units;
-  __builtin_memcpy(&units, &small, 4);
-  return sign | (uint16_t)(units - 0x3f000000u);
-}
-#endif
 
 struct Float16 {
   using Stored = uint16_t;
 #if defined(__AVX512F__)
-  static SUBNET_INLINE Vector load(const uint16_t* from) {
-    return (Vector)_mm512_cvtph_ps(load_as<__m256i>(from));
-  }
+  static SUBNET_INLINE Vector load(const uint16_t* from) { return (Vector)_mm512_cvtph_ps(load_as<__m256i>(from)); }
   static SUBNET_INLINE void store(uint16_t* to, Vector value) {
     store_as(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -166,12 +154,25 @@ struct Float16 {
   }
 #else
   static SUBNET_INLINE Vector load(const uint16_t* from) {
-    Vector value;
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] = half_to_float(from[lane]);
-    return value;
+    const VectorInt half = (VectorInt)widen(from);
+    const VectorInt magnitude = half & 0x7fff;
+    const VectorInt normal = (magnitude << 13) + 0x38000000;
+    const VectorInt special = (magnitude << 13) | 0x7f800000;  // infinity and NaN
+    const VectorInt subnormal = (VectorInt)(__builtin_convertvector(magnitude, Vector) * 5.9604644775390625e-8f);
+    const VectorInt finite = magnitude >= 0x400 ? normal : subnormal;
+    return (Vector)((magnitude >= 0x7c00 ? special : finite) | (half & 0x8000) << 16);
   }
   static SUBNET_INLINE void store(uint16_t* to, Vector value) {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = float_to_half(value[lane]);
+    const VectorInt bits = (VectorInt)value;
+    const VectorInt magnitude = bits & 0x7fffffff;
+    const VectorInt normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Below 2^-14: adding 0.5 leaves the value in units of 2^-24, rounded to nearest even.
+    const VectorInt subnormal = (VectorInt)((Vector)magnitude + 0.5f) - 0x3f000000;
+    const VectorInt finite = magnitude >= 0x38800000 ? normal : subnormal;
+    const VectorInt infinite = VectorInt{} + 0x7c00;
+    const VectorInt large = magnitude > 0x7f800000 ? VectorInt{} + 0x7e00 : infinite;
+    const VectorInt half = magnitude >= 0x477ff000 ? large : finite;  // 65520 and above round to infinity
+    narrow(to, (VectorBits)(half | ((bits >> 16) & 0x8000)));
   }
 #endif
 };
