@@ -1,0 +1,37 @@
+"""Masked layers, discovery of subnetworks and their transfer to other networks.
+
+    masks = mask_model(model); opt = masks.adamw(lr=1e-3, lam=1e-8); masks.anneal(to=200, steps=total)
+    for batch in loader:
+        task_loss(model, batch).backward(); opt.step(); opt.zero_grad()
+    with masks.hard(): accuracy = evaluate(model)
+    masks.subnet(task="ab mod 7").save("s1.safetensors", weights=model); masks.unmask()
+
+or :func:`discover`, which is this loop with evaluation, checkpoints and history. The kernels are in ``subnet_kernels``.
+"""
+
+from . import metrics, objectives
+from .discovery import Discovery, DiscoveryConfig, discover
+from .evaluation import evaluate_subnet
+from .masking import MaskSet, mask_model, masks_of
+from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLinear
+from .subnet import Subnet
+from .transfer import release, transfer
+
+__all__ = [
+    "Discovery",
+    "DiscoveryConfig",
+    "MaskSet",
+    "MaskedConv2d",
+    "MaskedHFConv1D",
+    "MaskedLinear",
+    "Subnet",
+    "discover",
+    "evaluate_subnet",
+    "mask_model",
+    "masks_of",
+    "metrics",
+    "objectives",
+    "release",
+    "transfer",
+]
+__version__ = "0.1.0"
