@@ -13,6 +13,10 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("subnets.experiments.command", "run an experiment: subnets run arithmetic --preset quick"),
     "report": ("subnets.report.command", "write a run folder's tables, figures and report.html again"),
+    "inspect": ("subnets.commands.inspect", "say what is in a subnet file"),
+    "diff": ("subnets.commands.diff", "compare two subnet files"),
+    "bench": ("subnets.commands.bench", "time the kernels and layers against their baselines"),
+    "doctor": ("subnets.commands.doctor", "say what this machine can run, and why each backend is or isn't used"),
 }
 
 

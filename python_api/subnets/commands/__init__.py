@@ -1,0 +1,1 @@
+"""The small subcommands of ``subnets``; each module has ``add_arguments(parser)`` and ``main(args) -> int``."""
