@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends import native
+
 # Row b holds the eight bools of byte b, read as one int64: unpacking on the CPU is then a gather of n/8 words, about
 # 25 us for 200,000 elements, where shifting and comparing every element takes ten times as long.
 _BYTE_TO_BOOLS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1).bool()
@@ -39,8 +41,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise TypeError(
             f"pack_mask: mask must be a bool tensor, got {_describe(mask)}; threshold it first (scores > 0)"
         )
-    if mask.device.type == "cpu" and _has_native():
-        return torch.ops.subnet_native.pack_mask(mask)
+    if mask.device.type == "cpu" and native.is_available():
+        return torch.ops.subnet_native.pack_mask(mask.contiguous())
     flat = mask.reshape(-1)
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(dim=1, dtype=torch.uint8)
@@ -89,8 +91,8 @@ def unpack_bits(packed: Tensor, num: int) -> Tensor:
         num: elements of the mask.
     """
     if packed.device.type == "cpu":
-        if _has_native():
-            return torch.ops.subnet_native.unpack_mask(packed, num)
+        if native.is_available():
+            return torch.ops.subnet_native.unpack_mask(packed.contiguous(), num)
         return torch.index_select(_BYTE_TO_WORD, 0, packed.to(torch.int32)).view(torch.bool)[:num]
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).bool().view(-1)[:num]
@@ -103,15 +105,6 @@ def _checked_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     if any(n < 0 for n in shape):
         raise ValueError(f"unpack_mask: shape must hold non-negative sizes, got {list(shape)}")
     return tuple(shape)
-
-
-def _has_native() -> bool:
-    """Return whether the compiled operators are loaded."""
-    try:
-        from subnet_kernels.backends.native import is_available
-    except ImportError:
-        return False
-    return is_available()
 
 
 def _describe(value: object) -> str:

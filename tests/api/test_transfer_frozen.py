@@ -297,6 +297,32 @@ def test_loaded_weights_give_way_to_the_planted_ones_at_the_next_step():
     assert is_planted(subnet, source, target)
 
 
+def test_a_second_transfer_after_foreign_weights_were_loaded_holds_what_was_planted_first():
+    source, target = make_net(0), make_net(1)
+    subnet = make_subnet(source)
+    transfer(subnet, source, target)
+    target.load_state_dict(make_net(2).state_dict())
+    extra = Subnet({"0.weight": ~subnet.masks["0.weight"]})
+    transfer(extra, source, target)
+    assert torch.equal(target[0].weight, source[0].weight)
+    train(target, OPTIMIZERS["adamw"](target.parameters()))
+    assert is_planted(subnet, source, target) and torch.equal(target[0].weight, source[0].weight)
+
+
+def test_a_replaced_parameter_is_free_and_its_module_still_copies():
+    source, target = make_net(0), make_net(1)
+    subnet = make_subnet(source)
+    transfer(subnet, source, target)
+    target.load_state_dict(make_net(2).state_dict(), assign=True)
+    gc.collect()
+    twin = copy.deepcopy(copy.deepcopy(target))
+    assert anchors._anchors == {}
+    train(twin, OPTIMIZERS["adamw"](twin.parameters()))
+    assert twin[0].weight.grad.all()
+    transfer(subnet, source, release(twin))
+    assert is_planted(subnet, source, twin)
+
+
 def test_release_removes_every_trace_and_all_entries_train():
     source, target = make_net(0), make_net(1)
     subnet = make_subnet(source)

@@ -14,8 +14,8 @@ from subnet_kernels.packing import pack_mask, unpack_mask
 def path(request, monkeypatch):
     """Run every test on the compiled operators where they exist, and always on the Python path."""
     if request.param == "python":
-        monkeypatch.setattr(packing, "_has_native", lambda: False)
-    elif not packing._has_native():
+        monkeypatch.setattr(packing.native, "is_available", lambda: False)
+    elif not packing.native.is_available():
         pytest.skip("the extension is not built here")
     return request.param
 

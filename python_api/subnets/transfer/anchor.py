@@ -44,9 +44,10 @@ class Anchor:
         self.values = values
         self.keep_positions = keep_positions
         self._positions: Tensor | None = None
+        self._reference: weakref.ref[nn.Parameter] | None = None
         self._attach(parameter)
 
-    def mask_of(self, parameter: nn.Parameter) -> Tensor:
+    def mask_of(self, parameter: Tensor) -> Tensor:
         """Return the mask of planted entries: bool, parameter's shape, on its device."""
         self._follow(parameter.device)
         return self._unpacked(parameter)
@@ -59,8 +60,8 @@ class Anchor:
         if not _anchors:
             _remove_step_hook()
 
-    def restore(self, parameter: nn.Parameter) -> None:
-        """Write the planted values into the parameter, in its dtype and on its device (see `_follow`)."""
+    def restore(self, parameter: Tensor) -> None:
+        """Write the planted values into the parameter (or a copy of it), in its dtype and on its device."""
         self._follow(parameter.device)
         self.values = self.values.to(parameter.dtype)
         with torch.no_grad():
@@ -93,7 +94,7 @@ class Anchor:
             self._positions = None
         if self.keep_positions and self._positions is None:
             positions = unpack_bits(self.packed, 8 * self.packed.numel()).nonzero().view(-1)  # padding bits are zero
-            self._positions = positions.int() if positions.numel() < 2**31 else positions
+            self._positions = positions.int() if 8 * self.packed.numel() < 2**31 else positions
 
     def _attach(self, parameter: nn.Parameter) -> None:
         self._key = id(parameter)
@@ -113,7 +114,7 @@ class Anchor:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "parameter": self._reference() if self._reference is not None else None,
+            "parameter": None if self._reference is None else self._reference(),
             "packed": self.packed,
             "values": self.values,
             "keep_positions": self.keep_positions,

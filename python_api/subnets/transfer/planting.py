@@ -45,9 +45,17 @@ def transfer(
     it the anchor. In DistributedDataParallel transfer into the inner module, the same on every rank, before or after
     wrapping.
 
-    Cost of "frozen": one bit per weight and one value per planted weight, and a temporary bool per weight of the layer
-    in work. With ``keep_positions`` four more bytes per planted weight, and less time on the CPU.
-    __TIMES__
+    Cost of "frozen": one bit per weight and one value per planted weight, beside temporaries of the layer in work.
+    Time per training step (zeroing the gradients and putting the values back; fastest of many) on one core of a Xeon,
+    for the matrices of GPT-2 layers of width 128 at density 0.18 in fp32; the training step itself, AdamW on a batch of
+    50 x 4 tokens, takes 15 ms (1 layer) and 160 ms (12 layers):
+
+    ==========================  ====================  =======================
+    masked weights              packed (default)      ``keep_positions=True``
+    ==========================  ====================  =======================
+    196,608 (1 layer)           1.8 ms, 0.17 MB       0.4 ms, 0.31 MB
+    12 x 196,608                37 ms, 2.0 MB         7.6 ms, 3.7 MB
+    ==========================  ====================  =======================
 
     Args:
         subnet: what to plant; its names are target's parameter names.
@@ -158,9 +166,11 @@ def _check_held(plantings: dict[str, _Planting]) -> None:
         held = anchor_of(parameter)
         if held is None:
             continue
-        new = torch.zeros_like(parameter, memory_format=torch.contiguous_format).masked_scatter_(mask, values)
         both = mask & held.mask_of(parameter)
-        if not torch.equal(_bits(new[both]), _bits(parameter.detach()[both])):
+        planted = parameter.detach().clone()
+        held.restore(planted)
+        new = planted.clone().masked_scatter_(mask, values)
+        if not torch.equal(_bits(new[both]), _bits(planted[both])):
             clashing.append(name)
     if clashing:
         raise ValueError(
@@ -175,6 +185,7 @@ def _hold(owner: tuple[nn.Module, str], planting: _Planting, keep_positions: boo
     parameter, mask, values = planting
     held = anchor_of(parameter)
     if held is not None:
+        held.restore(parameter)  # load_state_dict may have written over it since the last step
         mask = mask | held.mask_of(parameter)
         values = kept_values(mask, parameter)
         held.detach()
