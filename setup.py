@@ -90,7 +90,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         torch_spec, cxx = find_spec("torch"), find_compiler()
-        missing = "PyTorch cannot be imported" if torch_spec is None else "no C++ compiler was found" if cxx is None else ""
+        missing = (
+            "PyTorch is not installed here" if torch_spec is None else "no C++ compiler was found" if not cxx else ""
+        )
         if not missing:
             try:
                 return self.compile(ext, cxx, Path(torch_spec.origin).parent)

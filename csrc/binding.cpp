@@ -1,4 +1,4 @@
-// The one file that sees PyTorch: checks arguments, fills params.h structs, owns threads and workspace, calls kernels.
+// The one file (with binding_checks.h) that sees PyTorch: checks arguments, fills params.h structs, owns threads and workspace, calls kernels.
 //
 // It uses the LibTorch stable ABI only, so that one file serves every PyTorch from 2.11 on. The ops carry no autograd;
 // subnet_kernels/ops/ holds the public functions, which check first and in the user's words.
@@ -7,7 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <memory>
@@ -15,140 +14,20 @@
 #include <string>
 #include <vector>
 
+#include "binding_checks.h"
 #include "cpu/kernels.h"
-#include "layout.h"
+#if defined(SUBNET_WITH_CUDA)
+#include "cuda/effective_weight.h"
+
+// Weak, so that this file also loads into a CPU build of PyTorch, which has no such function.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace {
 
-using subnet::Dtype;
-using subnet::Kind;
-using subnet::Layout;
 using subnet::kChunk;
 using subnet::kGrain;
-using torch::stable::Tensor;
-
-// ---- checks
-
-struct View {
-  const char* name;
-  char* data;
-  int ndim;
-  const int64_t* size;
-  const int64_t* stride;
-  Dtype dtype;
-};
-
-std::string text(int ndim, const int64_t* values) {
-  std::string out = "[";
-  for (int d = 0; d < ndim; ++d) out += (d ? ", " : "") + std::to_string(values[d]);
-  return out + "]";
-}
-
-Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return Dtype::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), op, ": ", name,
-                  " must be float32, bfloat16 or float16; use the reference backend for other dtypes");
-  return Dtype::float16;
-}
-
-View view_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
-  int32_t actual;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &actual));
-  STD_TORCH_CHECK(actual == device_type, op, ": ", name, " must be on the same device as the other tensors");
-  const auto size = tensor.sizes();
-  STD_TORCH_CHECK(size.size() <= (size_t)subnet::kMaxDims, op, ": ", name, " must have at most ", subnet::kMaxDims,
-                  " dimensions, got ", size.size());
-  return {name, static_cast<char*>(tensor.data_ptr()), (int)size.size(), size.data(), tensor.strides().data(),
-          dtype_of(op, name, tensor)};
-}
-
-View view_of_float32(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
-  const View view = view_of(op, name, tensor, device_type);
-  STD_TORCH_CHECK(view.dtype == Dtype::float32, op, ": ", name, " must be float32");
-  return view;
-}
-
-// A 0-d float32 tensor's place.
-float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
-  const View view = view_of_float32(op, name, tensor, device_type);
-  STD_TORCH_CHECK(view.ndim == 0, op, ": ", name, " must be 0-d, got shape ", text(view.ndim, view.size));
-  return reinterpret_cast<float*>(view.data);
-}
-
-void check_shape(const char* op, const View& view, const View& like) {
-  bool is_same = view.ndim == like.ndim;
-  for (int d = 0; is_same && d < view.ndim; ++d) is_same = view.size[d] == like.size[d];
-  STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have ", like.name, "'s shape ", text(like.ndim, like.size),
-                  ", got ", text(view.ndim, view.size));
-}
-
-int64_t numel(const View& view) { return subnet::count_elements(view.ndim, view.size); }
-
-// Bytes from the first to the last element.
-int64_t extent(const View& view) {
-  if (numel(view) == 0) return 0;
-  int64_t last = 0;
-  for (int d = 0; d < view.ndim; ++d) last += (view.size[d] - 1) * view.stride[d];
-  return (last + 1) * (view.dtype == Dtype::float32 ? 4 : 2);
-}
-
-void check_disjoint(const char* op, const View& out, const View& in) {
-  STD_TORCH_CHECK(out.data + extent(out) <= in.data || in.data + extent(in) <= out.data, op, ": ", out.name,
-                  " must not share memory with ", in.name);
-}
-
-void check_is_dense(const char* op, const View& weight) {
-  int order[subnet::kMaxDims];
-  STD_TORCH_CHECK(numel(weight) == 0 || subnet::storage_order(weight.ndim, weight.size, weight.stride, order) >= 0, op,
-                  ": ", weight.name, " must be dense in memory in some order of its dimensions, got shape ",
-                  text(weight.ndim, weight.size), " and strides ", text(weight.ndim, weight.stride),
-                  "; call .contiguous() first");
-}
-
-void check_strides(const char* op, const View& view, const View& weight) {
-  check_shape(op, view, weight);
-  STD_TORCH_CHECK(numel(weight) == 0 || subnet::same_strides(weight.ndim, weight.size, weight.stride, view.stride), op,
-                  ": ", view.name, " must have weight's strides ", text(weight.ndim, weight.stride), ", got ",
-                  text(view.ndim, view.stride));
-}
-
-void check_has_no_overlap(const char* op, const View& view) {
-  int order[subnet::kMaxDims];
-  int count = 0;
-  for (int d = 0; d < view.ndim; ++d) {
-    if (view.size[d] == 1) continue;
-    int at = count++;
-    for (; at > 0 && view.stride[order[at - 1]] > view.stride[d]; --at) order[at] = order[at - 1];
-    order[at] = d;
-  }
-  int64_t last = 0;
-  for (int at = 0; at < count; ++at) {
-    STD_TORCH_CHECK(view.stride[order[at]] > last, op, ": ", view.name,
-                    " must not hold one element at several indices, got strides ", text(view.ndim, view.stride));
-    last += (view.size[order[at]] - 1) * view.stride[order[at]];
-  }
-}
-
-// Each score size divides the weight's: one score governs a block of neighbours along each dimension.
-void check_scores(const char* op, const View& scores, const View& weight) {
-  bool is_valid = scores.ndim == weight.ndim;
-  for (int d = 0; is_valid && d < weight.ndim; ++d) {
-    const int64_t k = scores.size[d], n = weight.size[d];
-    is_valid = k == n || (k > 0 && n % k == 0);
-  }
-  STD_TORCH_CHECK(is_valid, op, ": scores must have weight's number of dimensions and sizes that divide weight's ",
-                  text(weight.ndim, weight.size), ", got ", text(scores.ndim, scores.size));
-}
-
-Kind kind_of(const char* op, int64_t kind) {
-  STD_TORCH_CHECK(kind == 0 || kind == 1, op, ": kind must be 0 (sigmoid) or 1 (hard), got ", kind);
-  return static_cast<Kind>(kind);
-}
-
-int32_t cpu() { return aoti_torch_device_type_cpu(); }
+using subnet::Layout;
 
 // ---- threads and workspace
 
@@ -240,18 +119,26 @@ void effective_weight(const Tensor& weight, const Tensor& scores, const Tensor& 
   *to = effective_weight_of(op, weight, scores, *scalar_of(op, "beta", beta, cpu()), kind_of(op, kind), w_eff);
 }
 
-void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
-                       int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
-  const char* op = "effective_weights";
-  const View penalties = view_of_float32(op, "penalties", penalties_, cpu());
+// The lists fit each other and penalties, which is returned.
+View check_lists(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& scores,
+                 const std::vector<Tensor>& w_eff, const Tensor& penalties_, int32_t device_type) {
+  const View penalties = view_of_float32(op, "penalties", penalties_, device_type);
   const int64_t num = (int64_t)weights.size();
   STD_TORCH_CHECK(scores.size() == weights.size() && w_eff.size() == weights.size(), op,
                   ": scores and w_eff must be lists as long as weights (", num, "), got ", scores.size(), " and ",
                   w_eff.size());
   STD_TORCH_CHECK(penalties.ndim == 1 && penalties.size[0] == num, op, ": penalties must have shape [", num,
                   "], got ", text(penalties.ndim, penalties.size));
+  check_has_no_overlap(op, penalties);
+  return penalties;
+}
+
+void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
+                       int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
+  const char* op = "effective_weights";
+  const View penalties = check_lists(op, weights, scores, w_eff, penalties_, cpu());
   const float beta_value = *scalar_of(op, "beta", beta, cpu());
-  for (int64_t i = 0; i < num; ++i) {
+  for (size_t i = 0; i < weights.size(); ++i) {
     reinterpret_cast<float*>(penalties.data)[i * penalties.stride[0]] =
         effective_weight_of(op, weights[i], scores[i], beta_value, kind_of(op, kind), w_eff[i]);
   }
@@ -398,6 +285,87 @@ void add_penalty_grad(const std::vector<Tensor>& grads_, const std::vector<Tenso
   }
 }
 
+// ---- CUDA
+
+#if defined(SUBNET_WITH_CUDA)
+// A chunk of layers: one launch, plus one that adds up their sums.
+void run_cuda(const char* op, subnet::CudaEffectiveWeights& params, Kind kind, const Tensor& like) {
+  const int64_t num_blocks = params.block_begin[params.num_tensors];
+  Tensor partials = torch::stable::new_empty(like, {2 * std::max<int64_t>(num_blocks, 1)},
+                                             torch::headeronly::ScalarType::Float);  // pairs of floats hold doubles
+  params.partials = static_cast<double*>(partials.data_ptr());
+  const int32_t device = like.get_device_index();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const char* error = subnet::launch_effective_weights(params, kind, device, stream);
+  STD_TORCH_CHECK(error == nullptr, op, ": CUDA refused the launch: ", error);
+}
+
+// Appends a layer to the chunk.
+void add_layer(const char* op, subnet::CudaEffectiveWeights& params, const Tensor& weight_, const Tensor& scores_,
+               const Tensor& w_eff_, int32_t device) {
+  const int32_t cuda = aoti_torch_device_type_cuda();
+  const View weight = view_of(op, "weight", weight_, cuda);
+  const View scores = view_of_float32(op, "scores", scores_, cuda);
+  const View w_eff = view_of(op, "w_eff", w_eff_, cuda);
+  for (const Tensor* tensor : {&weight_, &scores_, &w_eff_}) {
+    STD_TORCH_CHECK(tensor->get_device_index() == device, op, ": all tensors must be on one device");
+  }
+  check_is_dense(op, weight);
+  check_scores(op, scores, weight);
+  check_strides(op, w_eff, weight);
+  check_disjoint(op, w_eff, weight);
+  check_disjoint(op, w_eff, scores);
+  STD_TORCH_CHECK(numel(scores) == numel(weight) && (numel(weight) == 0 || subnet::same_strides(
+                      weight.ndim, weight.size, weight.stride, scores.stride)),
+                  op, ": on CUDA the extension serves scores of weight's shape and strides only, not yet ",
+                  text(scores.ndim, scores.size), " with strides ", text(scores.ndim, scores.stride), " for ",
+                  text(weight.ndim, weight.size), "; use the reference backend");
+  const int at = params.num_tensors++;
+  params.weight[at] = weight.data;
+  params.scores[at] = reinterpret_cast<const float*>(scores.data);
+  params.w_eff[at] = w_eff.data;
+  params.num[at] = numel(weight);
+  params.weight_dtype[at] = (uint8_t)weight.dtype;
+  params.w_eff_dtype[at] = (uint8_t)w_eff.dtype;
+  const int64_t end = params.block_begin[at] + ceil_div(params.num[at], subnet::kCudaBlock);
+  STD_TORCH_CHECK(end <= INT32_MAX, op, ": too many weights for one call; split the list");
+  params.block_begin[at + 1] = (int32_t)end;
+}
+
+void effective_weight_cuda(const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
+                           const Tensor& w_eff, const Tensor& penalty) {
+  const char* op = "effective_weight";
+  const int32_t cuda = aoti_torch_device_type_cuda();
+  subnet::CudaEffectiveWeights params{};
+  params.beta = scalar_of(op, "beta", beta, cuda);
+  params.penalties = scalar_of(op, "penalty", penalty, cuda);
+  const int32_t device = beta.get_device_index();
+  STD_TORCH_CHECK(penalty.get_device_index() == device, op, ": all tensors must be on one device");
+  add_layer(op, params, weight, scores, w_eff, device);
+  run_cuda(op, params, kind_of(op, kind), beta);
+}
+
+void effective_weights_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
+                            int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
+  const char* op = "effective_weights";
+  const int32_t cuda = aoti_torch_device_type_cuda();
+  const int32_t device = beta.get_device_index();
+  const float* beta_at = scalar_of(op, "beta", beta, cuda);
+  const View penalties = check_lists(op, weights, scores, w_eff, penalties_, cuda);
+  STD_TORCH_CHECK(penalties_.get_device_index() == device, op, ": all tensors must be on one device");
+  for (size_t first = 0; first < weights.size(); first += subnet::kCudaTensors) {
+    subnet::CudaEffectiveWeights params{};
+    params.beta = beta_at;
+    params.penalty_stride = penalties.stride[0];
+    params.penalties = reinterpret_cast<float*>(penalties.data) + first * penalties.stride[0];
+    const size_t end = std::min(weights.size(), first + subnet::kCudaTensors);
+    for (size_t i = first; i < end; ++i) add_layer(op, params, weights[i], scores[i], w_eff[i], device);
+    run_cuda(op, params, kind_of(op, kind), beta);
+  }
+}
+#endif
+
 // ---- pack_mask
 
 // A contiguous tensor of bytes (uint8 or bool).
@@ -472,6 +440,13 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }
+
+#if defined(SUBNET_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(subnet_native, CUDA, m) {
+  m.impl("effective_weight", TORCH_BOX(&effective_weight_cuda));
+  m.impl("effective_weights", TORCH_BOX(&effective_weights_cuda));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(subnet_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));

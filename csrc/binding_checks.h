@@ -1,0 +1,138 @@
+// Checks of binding.cpp: what a tensor must be before a kernel sees its pointer. Each refusal says op, argument,
+// expectation and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "layout.h"
+
+namespace {
+
+using subnet::Dtype;
+using subnet::Kind;
+using torch::stable::Tensor;
+
+struct View {
+  const char* name;
+  char* data;
+  int ndim;
+  const int64_t* size;
+  const int64_t* stride;
+  Dtype dtype;
+};
+
+std::string text(int ndim, const int64_t* values) {
+  std::string out = "[";
+  for (int d = 0; d < ndim; ++d) out += (d ? ", " : "") + std::to_string(values[d]);
+  return out + "]";
+}
+
+Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), op, ": ", name,
+                  " must be float32, bfloat16 or float16; use the reference backend for other dtypes");
+  return Dtype::float16;
+}
+
+View view_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  int32_t actual;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &actual));
+  STD_TORCH_CHECK(actual == device_type, op, ": ", name, " must be on the same device as the other tensors");
+  const auto size = tensor.sizes();
+  STD_TORCH_CHECK(size.size() <= (size_t)subnet::kMaxDims, op, ": ", name, " must have at most ", subnet::kMaxDims,
+                  " dimensions, got ", size.size());
+  return {name, static_cast<char*>(tensor.data_ptr()), (int)size.size(), size.data(), tensor.strides().data(),
+          dtype_of(op, name, tensor)};
+}
+
+View view_of_float32(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  const View view = view_of(op, name, tensor, device_type);
+  STD_TORCH_CHECK(view.dtype == Dtype::float32, op, ": ", name, " must be float32");
+  return view;
+}
+
+// A 0-d float32 tensor's place.
+float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+  const View view = view_of_float32(op, name, tensor, device_type);
+  STD_TORCH_CHECK(view.ndim == 0, op, ": ", name, " must be 0-d, got shape ", text(view.ndim, view.size));
+  return reinterpret_cast<float*>(view.data);
+}
+
+void check_shape(const char* op, const View& view, const View& like) {
+  bool is_same = view.ndim == like.ndim;
+  for (int d = 0; is_same && d < view.ndim; ++d) is_same = view.size[d] == like.size[d];
+  STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have ", like.name, "'s shape ", text(like.ndim, like.size),
+                  ", got ", text(view.ndim, view.size));
+}
+
+int64_t numel(const View& view) { return subnet::count_elements(view.ndim, view.size); }
+
+// Bytes from the first to the last element.
+int64_t extent(const View& view) {
+  if (numel(view) == 0) return 0;
+  int64_t last = 0;
+  for (int d = 0; d < view.ndim; ++d) last += (view.size[d] - 1) * view.stride[d];
+  return (last + 1) * (view.dtype == Dtype::float32 ? 4 : 2);
+}
+
+void check_disjoint(const char* op, const View& out, const View& in) {
+  STD_TORCH_CHECK(out.data + extent(out) <= in.data || in.data + extent(in) <= out.data, op, ": ", out.name,
+                  " must not share memory with ", in.name);
+}
+
+void check_is_dense(const char* op, const View& weight) {
+  int order[subnet::kMaxDims];
+  STD_TORCH_CHECK(numel(weight) == 0 || subnet::storage_order(weight.ndim, weight.size, weight.stride, order) >= 0, op,
+                  ": ", weight.name, " must be dense in memory in some order of its dimensions, got shape ",
+                  text(weight.ndim, weight.size), " and strides ", text(weight.ndim, weight.stride),
+                  "; call .contiguous() first");
+}
+
+void check_strides(const char* op, const View& view, const View& weight) {
+  check_shape(op, view, weight);
+  STD_TORCH_CHECK(numel(weight) == 0 || subnet::same_strides(weight.ndim, weight.size, weight.stride, view.stride), op,
+                  ": ", view.name, " must have weight's strides ", text(weight.ndim, weight.stride), ", got ",
+                  text(view.ndim, view.stride));
+}
+
+void check_has_no_overlap(const char* op, const View& view) {
+  int order[subnet::kMaxDims];
+  int count = 0;
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.size[d] == 1) continue;
+    int at = count++;
+    for (; at > 0 && view.stride[order[at - 1]] > view.stride[d]; --at) order[at] = order[at - 1];
+    order[at] = d;
+  }
+  int64_t last = 0;
+  for (int at = 0; at < count; ++at) {
+    STD_TORCH_CHECK(view.stride[order[at]] > last, op, ": ", view.name,
+                    " must not hold one element at several indices, got strides ", text(view.ndim, view.stride));
+    last += (view.size[order[at]] - 1) * view.stride[order[at]];
+  }
+}
+
+// Each score size divides the weight's: one score governs a block of neighbours along each dimension.
+void check_scores(const char* op, const View& scores, const View& weight) {
+  bool is_valid = scores.ndim == weight.ndim;
+  for (int d = 0; is_valid && d < weight.ndim; ++d) {
+    const int64_t k = scores.size[d], n = weight.size[d];
+    is_valid = k == n || (k > 0 && n % k == 0);
+  }
+  STD_TORCH_CHECK(is_valid, op, ": scores must have weight's number of dimensions and sizes that divide weight's ",
+                  text(weight.ndim, weight.size), ", got ", text(scores.ndim, scores.size));
+}
+
+Kind kind_of(const char* op, int64_t kind) {
+  STD_TORCH_CHECK(kind == 0 || kind == 1, op, ": kind must be 0 (sigmoid) or 1 (hard), got ", kind);
+  return static_cast<Kind>(kind);
+}
+
+int32_t cpu() { return aoti_torch_device_type_cpu(); }
+
+}  // namespace
