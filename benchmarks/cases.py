@@ -1,0 +1,143 @@
+"""The cases, as data: what is timed, at which shapes. --shapes selects by a part of their names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from subnet_kernels import testing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BETA = 3.0
+LAM = 1e-3  # weight of the penalty: large enough that a missing penalty gradient fails the gate
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One masked layer. Linear: weight (N, K), x (M, K). Convolution: weight (O, C, KH, KW), x (B, C, H, W)."""
+
+    weight_shape: tuple[int, ...]
+    x_shape: tuple[int, ...]
+    dtype: str
+    conv: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.weight_shape) == 4
+
+    @property
+    def name(self) -> str:
+        weight = "x".join(map(str, self.weight_shape))
+        if not self.is_conv:
+            return f"linear_{weight}_m{self.x_shape[0]}_{self.dtype}"
+        batch, _, height, width = self.x_shape
+        return f"conv_{weight}_b{batch}_{height}x{width}_{self.dtype}"
+
+    def build(self, device: str = "cpu", seed: int = 0) -> testing.Case:
+        """Fixed random inputs."""
+        rest: dict[str, Any] = {"beta": BETA, "seed": seed, "device": device, **self.conv}
+        if self.is_conv:
+            case = testing.conv_case(self.x_shape, self.weight_shape, DTYPES[self.dtype], **rest)  # type: ignore[arg-type]
+        else:
+            case = testing.linear_case(self.x_shape[0], *self.weight_shape, DTYPES[self.dtype], **rest)
+        case.grad_penalty = LAM
+        case.wanted = ("grad_x", "grad_scores")
+        return case
+
+    @property
+    def num_weights(self) -> int:
+        return math.prod(self.weight_shape)
+
+    def num_outputs(self) -> int:
+        if not self.is_conv:
+            return self.x_shape[0] * self.weight_shape[0]
+        stride, padding = self.conv.get("stride", 1), self.conv.get("padding", 0)
+        pairs = zip(self.x_shape[2:], self.weight_shape[2:], strict=True)
+        sizes = [(n + 2 * padding - k) // stride + 1 for n, k in pairs]
+        return self.x_shape[0] * self.weight_shape[0] * math.prod(sizes)
+
+    def product_flops(self) -> int:
+        """Floating point operations of one product: the forward pass; the two of the backward pass cost the same."""
+        return 2 * self.num_outputs() * math.prod(self.weight_shape[1:])
+
+    def fewest_bytes(self, phase: str) -> int:
+        """Bytes that a phase must move, every tensor read or written once (w_eff made once and read by the product)."""
+        value = DTYPES[self.dtype].itemsize
+        activations = (math.prod(self.x_shape) + self.num_outputs()) * value
+        forward = activations + self.num_weights * (value + 4)  # W, s
+        if phase == "forward":
+            return forward
+        backward = 2 * activations + self.num_weights * (value + 4 + 4)  # W, s, ds
+        optimizer = self.num_weights * 28 if phase == "step" else 0  # AdamW reads ds, s, two moments and writes three
+        return forward + backward + optimizer
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One elementwise op over weights of these shapes."""
+
+    op: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}_{self.label or 'x'.join(map(str, self.shapes[0]))}_{self.dtype}"
+
+    @property
+    def num_weights(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def _linears(sizes: dict[tuple[int, int], tuple[int, ...]]) -> list[LayerCase]:
+    return [
+        LayerCase(weight, (m, weight[1]), dtype)
+        for weight, rows in sizes.items() for m in rows for dtype in DTYPES
+    ]  # fmt: skip
+
+
+LINEAR_CASES = _linears({(3072, 768): (64, 256, 1024), (512, 128): (256, 10240)})
+CONV_CASES = [
+    LayerCase(weight, x, dtype, conv)
+    for weight, x, conv in (
+        ((64, 64, 3, 3), (8, 64, 28, 28), {"padding": 1}),
+        ((256, 256, 3, 3), (2, 256, 14, 14), {"padding": 1}),
+        ((512, 512, 3, 3), (2, 512, 7, 7), {"padding": 1}),
+        ((256, 64, 1, 1), (2, 64, 28, 28), {}),
+    )
+    for dtype in DTYPES
+]
+GPU_LINEAR_CASES = [
+    LayerCase(weight, (m, weight[1]), dtype)
+    for weight, rows in {
+        (512, 128): (256, 10240), (3072, 768): (1024, 10240), (768, 3072): (64, 1024, 10240), (11008, 4096): (64, 4096),
+    }.items()
+    for m in rows for dtype in ("bf16",)
+] + [LayerCase((768, 3072), (1024, 3072), "fp32")]  # fmt: skip
+
+_GPT2_BLOCK = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
+_ARITHMETIC_BLOCK = ((128, 384), (128, 128), (128, 512), (512, 128))
+KERNEL_CASES = [
+    KernelCase(op, shapes, dtype, label)
+    for op, shapes, label in (
+        ("effective_weight", ((512, 128),), ""),
+        ("effective_weight", ((3072, 768),), ""),
+        ("effective_weights", _ARITHMETIC_BLOCK * 4, "arithmetic_gpt2"),
+        ("effective_weights", _GPT2_BLOCK * 12, "gpt2"),
+        ("grad_scores", ((512, 128),), ""),
+        ("grad_scores", ((3072, 768),), ""),
+    )
+    for dtype in DTYPES
+] + [KernelCase(op, ((3072, 768),), "fp32") for op in ("mask", "add_penalty_grad", "pack_mask", "unpack_mask")]
+OVERHEAD_CASES = [LayerCase((8, 8), (8, 8), "fp32")]
+QUICK = ("linear_512x128_m256", "conv_256x64x1x1", "_512x128_", "arithmetic_gpt2", "pack_mask", "8x8_m8")
+
+
+def select(cases: list[Any], shapes: list[str] | None, quick: bool) -> list[Any]:
+    """The cases whose name holds one of ``shapes`` (all if None); of these the small ones if ``quick``."""
+    chosen = [c for c in cases if shapes is None or any(part in c.name for part in shapes)]
+    return [c for c in chosen if any(part in c.name for part in QUICK)] if quick and shapes is None else chosen

@@ -1,0 +1,241 @@
+"""What is compared: a masked (or plain) layer each, all on the same values: forward pass, backward pass, optimizer step.
+
+Each contender owns its leaves, so that an optimizer step of one leaves the others alone. x requires grad in all (as for a
+layer inside a network), the bias is frozen in all, and every masked one's backward pass includes the penalty's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subnet_kernels.testing import Case
+
+LR = 1e-4
+
+
+class Skipped(Exception):
+    """A contender that can't run here; the message says why."""
+
+
+class Contender:
+    """A layer on its own copy of the inputs.
+
+    Attributes:
+        x, trained: the leaves: the input and the scores (for plain layers the weight).
+        frozen: tensors that exist whatever is kept for the backward pass (weight, bias, beta).
+    """
+
+    name = ""
+    is_masked = True
+
+    def __init__(self, case: Case) -> None:
+        assert case.grad_out is not None
+        self.case, self.grad_out = case, case.grad_out
+        self.x = case.x.detach().clone().requires_grad_()
+        self.weight = case.weight.detach().clone()
+        self.bias = case.bias.detach().clone() if case.bias is not None else None
+        self.beta = torch.tensor(case.beta, device=case.x.device)
+        self.lam = torch.tensor(case.grad_penalty, device=case.x.device)
+        self.trained = self.make()
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def make(self) -> Tensor:
+        """Build the layer; return the leaf that it trains."""
+        return self.case.scores.detach().clone().requires_grad_()
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """(out, penalty), with a graph."""
+        raise NotImplementedError
+
+    def forward_backward(self) -> None:
+        """Forward, penalty, backward: leaves the gradients in x.grad and trained.grad."""
+        self.x.grad = self.trained.grad = None
+        out, penalty = self.forward()
+        if penalty is None:
+            out.backward(self.grad_out)
+        else:
+            torch.autograd.backward((out, penalty), (self.grad_out, self.lam))
+
+    def step(self) -> None:
+        """The same and an optimizer step (torch's fused AdamW)."""
+        self.forward_backward()
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW([self.trained], lr=LR, fused=True)
+        self.optimizer.step()
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.case.conv is None:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, **self.case.conv)
+
+    def own_tensors(self) -> list[Tensor]:
+        """Tensors that exist whether or not a backward pass is pending."""
+        return [t for t in (self.x, self.weight, self.trained, self.bias, self.beta) if t is not None]
+
+
+class Eager(Contender):
+    """``m = torch.sigmoid(beta*s); F.linear(x, w*m, b); m.sum()``"""
+
+    name = "eager"
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        m = torch.sigmoid(self.beta * self.trained)
+        return self.product(self.x, (self.weight * m).to(self.x.dtype)), m.sum()
+
+
+class Compiled(Contender):
+    """torch.compile(fullgraph=True) of the same, its backward pass compiled with it."""
+
+    name = "compile"
+
+    def make(self) -> Tensor:
+        torch._dynamo.reset()  # one recompile limit per case
+        conv = self.case.conv
+
+        def expression(x: Tensor, w: Tensor, s: Tensor, beta: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+            m = torch.sigmoid(beta * s)
+            w_eff = (w * m).to(x.dtype)
+            return F.linear(x, w_eff, b) if conv is None else F.conv2d(x, w_eff, b, **conv), m.sum()
+
+        self.compiled = torch.compile(expression, fullgraph=True, dynamic=False)
+        return super().make()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.compiled(self.x, self.weight, self.trained, self.beta, self.bias)
+
+
+class Plain(Contender):
+    """nn.Linear or nn.Conv2d that trains its weight: no mask at all."""
+
+    name = "linear"
+    is_masked = False
+
+    def make(self) -> Tensor:
+        self.layer = plain_layer(self.case, self.weight, self.bias, self.weight.dtype)
+        self.layer.weight.requires_grad_()
+        return self.layer.weight
+
+    def forward(self) -> tuple[Tensor, None]:
+        return self.layer(self.x), None
+
+
+class NeuroSurgeon(Contender):
+    """NeuroSurgeon 0.1.0's ContSparse layer; bf16 through autocast on an fp32 weight, its way."""
+
+    name = "neurosurgeon"
+
+    def make(self) -> Tensor:
+        try:
+            from NeuroSurgeon.Masking import ContSparseConv2d, ContSparseLinear
+        except ImportError as error:
+            raise Skipped(f"NeuroSurgeon is not installed ({error}); pip install NeuroSurgeon==0.1.0") from error
+        self.weight = self.weight.float()
+        plain = plain_layer(self.case, self.weight, self.bias, torch.float32)
+        if self.case.conv is None:
+            layer = ContSparseLinear.from_layer(plain)
+        else:
+            layer = ContSparseConv2d.from_layer(plain, mask_unit="weight")
+        layer.requires_grad_(False)
+        self.layer = layer.to(self.weight.device)
+        scores = layer.weight_mask_params
+        scores.data.copy_(self.case.scores)
+        scores.requires_grad_()
+        layer.weight.data = self.weight
+        layer.temperature = self.case.beta
+        layer.train(True)
+        self.is_autocast = self.case.x.dtype != torch.float32
+        return scores
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        dtype = self.case.x.dtype if self.is_autocast else torch.bfloat16
+        with torch.autocast(self.x.device.type, dtype, enabled=self.is_autocast):
+            return self.layer(self.x), self.layer.calculate_l0()
+
+    def own_tensors(self) -> list[Tensor]:
+        return [*super().own_tensors(), *self.layer.parameters()]
+
+
+class Ours(Contender):
+    """Our masked layer. Its effective weight is stale at every call, as after an optimizer step: masking is paid."""
+
+    name = "ours"
+
+    def make(self) -> Tensor:
+        from subnets import masks_of
+        from subnets.nn import MaskedConv2d, MaskedLinear
+
+        plain = plain_layer(self.case, self.weight, self.bias, self.weight.dtype)
+        if self.case.conv is None:
+            self.layer: Any = MaskedLinear.from_linear(plain, score_init=self.case.scores)
+        else:
+            self.layer = MaskedConv2d.from_conv2d(plain, score_init=self.case.scores)
+        self.masks = masks_of(self.layer)
+        self.masks.beta = self.case.beta
+        return self.layer.scores
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        self.masks.invalidate()
+        with self.masks.collect_penalty() as penalty:
+            out = self.layer(self.x)
+        return out, penalty()
+
+    def step(self) -> None:
+        """The penalty comes from the optimizer (``lam=``), as in our training loops."""
+        if self.optimizer is None:
+            self.optimizer = self.masks.adamw(lr=LR, lam=self.case.grad_penalty)
+        self.x.grad = self.trained.grad = None
+        self.layer(self.x).backward(self.grad_out)
+        self.optimizer.step()
+
+
+class OursWithoutPenalty(Ours):
+    """The layer called alone, its effective weight made anew at every call: what a call costs over nn.Linear's."""
+
+    name = "ours_cleared"
+
+    def forward(self) -> tuple[Tensor, None]:  # type: ignore[override]
+        self.masks.invalidate()
+        return self.layer(self.x), None
+
+
+class OursFresh(OursWithoutPenalty):
+    """The layer called alone, its effective weight fresh, as in the second micro-batch between two optimizer steps."""
+
+    name = "ours_fresh"
+
+    def forward(self) -> tuple[Tensor, None]:  # type: ignore[override]
+        return self.layer(self.x), None
+
+
+BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, Plain, NeuroSurgeon)}
+ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in (Ours, OursWithoutPenalty, OursFresh)}}
+
+
+def plain_layer(case: Case, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """nn.Linear or nn.Conv2d around these tensors, frozen."""
+    kwargs: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
+    if case.conv is None:
+        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], **kwargs)
+    else:
+        groups = case.conv.get("groups", 1)
+        size: Any = tuple(weight.shape[2:])
+        layer = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], size, **case.conv, **kwargs)
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+    return layer
+
+
+def make_contenders(case: Case, names: list[str], say: Callable[[str], None]) -> list[Contender]:
+    """The contenders that run here; what is left out is said."""
+    made = []
+    for name in names:
+        try:
+            made.append(ALL[name](case))
+        except Skipped as reason:
+            say(f"left out {name}: {reason}")
+    return made

@@ -1,0 +1,208 @@
+"""The elementwise ops alone: per case the functions to time (eager, torch.compile, ours), truth and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import subnet_kernels
+from subnet_kernels.backends.base import Backend, Call
+from subnet_kernels.dispatch import choose
+from subnet_kernels.masks import as_kind
+from subnet_kernels.ops.effective_weight import effective_weights_raw
+from subnet_kernels.testing import error_bound
+
+from .cases import BETA, DTYPES, LAM, KernelCase
+
+KIND = as_kind("sigmoid")
+Results = list[Tensor]
+Triple = tuple[Tensor, Tensor, bool]  # truth and absolute value in fp64, is a gradient
+
+
+@dataclass
+class Problem:
+    """functions: name -> call that returns its results. truth: the i-th result in fp64, made when asked for. num_bytes:
+    what one call must move. note: what runs ours."""
+
+    functions: dict[str, Callable[[], Results]]
+    truth: Callable[[int], Triple]
+    num_bytes: int
+    dtypes: Callable[[int], torch.dtype]
+    note: str = ""
+
+
+def gate(problem: Problem) -> dict[str, float]:
+    """Calls every function once: its largest error as a multiple of the allowed one (above 1 it is wrong)."""
+    results = {name: function() for name, function in problem.functions.items()}
+    worst = dict.fromkeys(results, 0.0)
+    for i, eager in enumerate(results["eager"]):
+        true, size, is_gradient = problem.truth(i)
+        eager_error = (eager.double() - true).abs().max().item()
+        bound = error_bound(eager_error, size, problem.dtypes(i), is_gradient)
+        for name, values in results.items():
+            error = (values[i].double() - true).abs()
+            ratio = torch.where(error == 0, torch.zeros_like(error), error / bound).max().item()
+            worst[name] = max(worst[name], ratio) if ratio == ratio else float("inf")
+    return worst
+
+
+def make_problem(case: KernelCase, device: str) -> Problem:
+    """The problem of a case, on fixed random data."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = DTYPES[case.dtype]
+    weights, scores = [], []
+    for shape in case.shapes:
+        weights.append(torch.randn(shape, generator=generator).to(device, dtype))
+        scores.append(torch.randn(shape, generator=generator).to(device))
+    beta = torch.tensor(BETA, device=device)
+    call = Call(case.op, device, dtype, dtype, KIND.name, None, len(case.shapes[0]), True)
+    backend = choose(call)
+    note = f"backend {backend.name}"
+    if case.op in ("effective_weight", "effective_weights"):
+        return replace(_effective_weights(case, weights, scores, beta, backend), note=note)
+    makers = {"grad_scores": _grad_scores, "mask": _mask, "add_penalty_grad": _add_penalty_grad}
+    if case.op in makers:
+        return replace(makers[case.op](case, weights[0], scores[0], beta, backend), note=note)
+    return _packing(case, scores[0])
+
+
+def compiled(function: Callable[..., object]) -> Callable[..., object]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _effective_weights(
+    case: KernelCase, weights: Results, scores: Results, beta: Tensor, backend: Backend
+) -> Problem:
+    dtype, num = weights[0].dtype, len(weights)
+
+    def expression(w: Tensor, s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        m = torch.sigmoid(beta * s)
+        return (w * m).to(w.dtype), m.sum()
+
+    fast = compiled(expression)
+
+    def plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Results:
+        pairs = [function(w, s, beta) for w, s in zip(weights, scores, strict=True)]
+        return [w_eff for w_eff, _ in pairs] + [torch.stack([penalty for _, penalty in pairs]).sum()]
+
+    def ours() -> Results:
+        if case.op == "effective_weight":
+            return list(subnet_kernels.effective_weight(weights[0], scores[0], beta))
+        w_effs, penalty = subnet_kernels.effective_weights(weights, scores, beta)
+        return [*w_effs, penalty]
+
+    buffers = [torch.full_like(w, float("nan")) for w in weights]
+    penalty = torch.full_like(beta, float("nan"))
+
+    def ours_buffer() -> Results:  # into persistent memory, as a layer's slot and MaskSet.refresh do
+        if case.op == "effective_weight":
+            return list(backend.effective_weight(weights[0], scores[0], beta, KIND, dtype, (buffers[0], penalty)))
+        w_effs, penalties = effective_weights_raw(weights, scores, beta, KIND, dtype, buffers)
+        return [*w_effs, penalties.sum()]
+
+    def truth(i: int) -> Triple:
+        if i < num:
+            true = weights[i].double() * torch.sigmoid(BETA * scores[i].double())
+            return true, true.abs(), False
+        total = torch.stack([torch.sigmoid(BETA * s.double()).sum() for s in scores]).sum()
+        return total, total, False
+
+    per_weight = 2 * dtype.itemsize + 4
+    return Problem(
+        {"eager": lambda: plain(expression), "compile": lambda: plain(fast), "ours": ours, "ours_buffer": ours_buffer},
+        truth, case.num_weights * per_weight, lambda i: dtype if i < num else torch.float32,
+    )  # fmt: skip
+
+
+def _grad_scores(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor, backend: Backend) -> Problem:
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
+    lam = torch.tensor(LAM, device=weight.device)
+
+    def expression(g: Tensor, w: Tensor, s: Tensor, beta: Tensor, lam: Tensor) -> Tensor:
+        m = torch.sigmoid(beta * s)
+        return (g.float() * w + lam) * (beta * m * (1 - m))
+
+    fast = compiled(expression)
+
+    def ours() -> Results:
+        grad_scores, _ = backend.grad_scores(grad, lam, weight, scores, beta, KIND, True, False)
+        assert grad_scores is not None
+        return [grad_scores]
+
+    def truth(i: int) -> Triple:
+        z = BETA * scores.double()
+        slope = BETA * torch.sigmoid(z) * torch.sigmoid(-z)
+        product = grad.double() * weight.double()
+        return (product + LAM) * slope, (product.abs() + LAM) * slope, True
+
+    inputs = (grad, weight, scores, beta, lam)
+    return Problem(
+        {"eager": lambda: [expression(*inputs)], "compile": lambda: [fast(*inputs)], "ours": ours},  # type: ignore[list-item]
+        truth, case.num_weights * (2 * weight.element_size() + 8), lambda i: torch.float32,
+    )  # fmt: skip
+
+
+def _mask(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor, backend: Backend) -> Problem:
+    def expression(s: Tensor, beta: Tensor) -> Tensor:
+        return torch.sigmoid(beta * s)
+
+    fast = compiled(expression)
+
+    def truth(i: int) -> Triple:
+        true = torch.sigmoid(BETA * scores.double())
+        return true, true, False
+
+    return Problem(
+        {"eager": lambda: [expression(scores, beta)], "compile": lambda: [fast(scores, beta)],  # type: ignore[list-item]
+         "ours": lambda: [subnet_kernels.mask(scores, beta)]},
+        truth, case.num_weights * 8, lambda i: torch.float32,
+    )  # fmt: skip
+
+
+def _add_penalty_grad(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor, backend: Backend) -> Problem:
+    def expression(grad: Tensor, s: Tensor, beta: Tensor) -> Tensor:
+        m = torch.sigmoid(beta * s)
+        return grad.add_(beta * m * (1 - m), alpha=LAM)
+
+    fast = compiled(expression)
+    grads = [torch.zeros_like(scores) for _ in range(3)]  # the check is every function's first call
+
+    def ours() -> Results:
+        backend.add_penalty_grad_([grads[2]], [scores], [1], beta, LAM, KIND)
+        return [grads[2]]
+
+    def truth(i: int) -> Triple:
+        z = BETA * scores.double()
+        true = LAM * BETA * torch.sigmoid(z) * torch.sigmoid(-z)
+        return true, true, True
+
+    return Problem(
+        {"eager": lambda: [expression(grads[0], scores, beta)],
+         "compile": lambda: [fast(grads[1], scores, beta)], "ours": ours},  # type: ignore[list-item]
+        truth, case.num_weights * 12, lambda i: torch.float32,
+    )  # fmt: skip
+
+
+def _packing(case: KernelCase, scores: Tensor) -> Problem:
+    kept = scores > 0
+    shifts = torch.arange(8, dtype=torch.uint8, device=scores.device)
+    packed = (kept.view(-1, 8).to(torch.uint8) << shifts).sum(dim=1, dtype=torch.uint8)
+    num_bytes = case.num_weights + case.num_weights // 8
+    if case.op == "pack_mask":
+        functions: dict[str, Callable[[], Results]] = {
+            "eager": lambda: [(kept.view(-1, 8).to(torch.uint8) << shifts).sum(dim=1, dtype=torch.uint8)],
+            "ours": lambda: [subnet_kernels.pack_mask(kept)],
+        }
+        true = packed.double()
+    else:
+        functions = {
+            "eager": lambda: [((packed[:, None] >> shifts) & 1).bool().view(kept.shape)],
+            "ours": lambda: [subnet_kernels.unpack_mask(packed, kept.shape)],
+        }
+        true = kept.double()
+    exact = torch.zeros_like(true)  # nothing but equality is allowed
+    return Problem(functions, lambda i: (true, exact, False), num_bytes, lambda i: torch.float32)
