@@ -19,9 +19,9 @@ EXPERIMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `subnets run`."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--preset", default=None, help="quick (minutes), standard (the default) or paper (the exact recipe)")
-    parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[],
-                        help="change one value of the config; may be repeated; `--set help` lists the keys")  # fmt: skip
+    parser.add_argument("--preset", default=None, help="quick (minutes), standard (default) or paper (exact)")
+    changes = "change one value of the config; may be repeated; `--set help` lists the keys"
+    parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help=changes)
     parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/EXPERIMENT-PRESET)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -52,7 +52,7 @@ def data_reduction(
 ) -> tuple[float, bool] | None:
     """(baseline's samples / curve's samples at equal `accuracy`, exact?); None where `curve` does not reach it.
 
-    Where the baseline never reaches the accuracy the ratio of its largest sample count is a lower bound: (ratio, False).
+    Where the baseline never reaches the accuracy, the ratio of its largest count is a lower bound: (ratio, False).
     """
     ours = samples_to_reach(curve, accuracy)
     if ours is None or not baseline:

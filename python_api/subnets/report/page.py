@@ -11,9 +11,10 @@ from pathlib import Path
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: .6rem 0 1.4rem; } th, td { padding: .25rem .7rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; } thead tr { background: #f4f4f4; }
-img { max-width: 100%; } caption { text-align: left; font-weight: 600; padding: .3rem 0; } .verdict { font-size: 1.1rem; }
-.good { border-left: 5px solid #2a9d4a; padding-left: .8rem; } .bad { border-left: 5px solid #c0392b; padding-left: .8rem; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; }
+thead tr { background: #f4f4f4; } img { max-width: 100%; } caption { text-align: left; font-weight: 600; }
+.verdict { font-size: 1.1rem; padding-left: .8rem; border-left: 5px solid; }
+.good { border-color: #2a9d4a; } .bad { border-color: #c0392b; }
 """
 
 
@@ -29,8 +30,12 @@ class Table:
         """Aligned columns for a terminal: the first to the left, the others to the right."""
         lines = [list(self.head), *[list(row) for row in self.rows]]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
-        shown = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 for line in lines]  # fmt: skip
+        shown = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *[cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]]
+            )
+            for line in lines
+        ]
         rule = "-" * len(shown[0])
         return "\n".join([self.title, rule, shown[0], rule, *shown[1:], rule])
 

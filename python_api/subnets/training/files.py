@@ -44,7 +44,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"read_json: {path} must hold JSON, got a damaged file ({error}); delete it to redo the stage") from None
+        message = f"read_json: {path} must hold JSON, got a damaged file ({error}); delete it to redo the stage"
+        raise ValueError(message) from None
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -72,7 +73,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ValueError naming the file where it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"load_tensors: {path} must be a readable safetensors file, got {error}; delete it to redo the stage"

@@ -7,7 +7,6 @@ projections of a block are nn.Linear and so hold the transpose of Hugging Face's
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -128,8 +127,3 @@ def accuracy(model: nn.Module, sequences: Tensor) -> float:
     """Share of [B, 4] sequences whose answer is the argmax over the whole vocabulary at the separator."""
     logits = model(sequences[:, :-1])[:, -1]
     return (logits.argmax(-1) == sequences[:, -1]).float().mean().item()
-
-
-def loss_floor(num_integers: int = 1000) -> float:
-    """ln(num_integers) / 3: b can't be predicted from a, the separator and the answer can, and the loss is their mean."""
-    return math.log(num_integers) / 3

@@ -97,7 +97,7 @@ class StackTrainer:
     ) -> None:
         _check_members(members, recipe)
         self.shape, self.recipe = shape, recipe
-        self.order = sorted(range(len(members)), key=lambda i: not members[i].frozen)  # members with frozen entries first
+        self.order = sorted(range(len(members)), key=lambda i: not members[i].frozen)  # planted and frozen ones first
         self.members = [members[i] for i in self.order]
         self.net = StackedGPT2(shape, [member.state for member in self.members])
         self.best = {name: value.clone() for name, value in self.net.params.items()}
@@ -252,7 +252,7 @@ def _check_members(members: Sequence[Member], recipe: Recipe) -> None:
 
 
 def _stack_frozen(members: Sequence[Member], net: StackedGPT2) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per parameter a mask and the starting values, [F, ...] for the F members with frozen entries, which come first."""
+    """Per parameter a mask and the starting values, [F, ...]: the F members with frozen entries come first."""
     frozen = [member for member in members if member.frozen]
     names = sorted({name for member in frozen for name in member.frozen})
     stacked = {}

@@ -47,8 +47,8 @@ MEANING = {
     "random_init": "all masked weights fresh",
     "sampled": "|S| random weights of T1 planted and frozen (per matrix)",
     "sampled_complement": "|S| random weights of T1 from outside S planted and frozen",
-    "sampled_as_published": "N - |S| random weights of T1 planted and frozen, |S| fresh (what the published curve shows)",
-    "sampled_complement_as_published": "S and N - 2|S| others planted and frozen (what the published curve shows)",
+    "sampled_as_published": "N - |S| random weights of T1 planted and frozen, |S| fresh (as in the published curve)",
+    "sampled_complement_as_published": "S and N - 2|S| others planted and frozen (as in the published curve)",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ NUM_INTEGERS = 1000  # a and b lie in 0 .. 999
 SEPARATOR = 1000  # the token after a and b; the model answers there
 VOCABULARY = 1001
 CONTEXT = 4  # [a, b, SEPARATOR, answer]
+LOSS_FLOOR = math.log(NUM_INTEGERS) / 3  # b can't be predicted from a; the separator and the answer can
 
 DISAMBIGUATION_SIZES = (0, 10, 16, 25, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 6400, 10000)
 

@@ -1,4 +1,4 @@
-"""The figures of the arithmetic report, drawn with Agg as PNG and SVG; each names `inherit` and the reading of "sampled"."""
+"""The figures of the arithmetic report as PNG and SVG; each names `inherit` and the reading of "sampled"."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ COLORS = {
 SAMPLED_READING = "sampled: |S| weights planted; ..._as_published: N - |S| planted"
 
 
-def draw_all(results: Sequence[DepthResults], inherit: str, folder: Path) -> dict[str, Path]:
-    """Draws every figure into `folder` and returns caption -> PNG."""
+def draw_all(results: Sequence[DepthResults], inherit: str, folder: Path) -> dict[int, dict[str, Path]]:
+    """Draws every figure into `folder` and returns layers -> caption -> PNG."""
     drawn = {}
     for depth in results:
-        name = f"layers{depth.layers}"
         title = f"{depth.layers} layers, inherit={inherit!r}"
-        drawn[f"Accuracy on T2 against n. {title}. {SAMPLED_READING}."] = _save(
-            _accuracy_figure(depth, title), folder / f"{name}_accuracy"
-        )
-        drawn[f"Discovery of S1 and the density of each layer. {title}."] = _save(
-            _discovery_figure(depth, title), folder / f"{name}_discovery"
-        )
-        drawn[f"Validation accuracy while training on T2 at the largest n. {title}. {SAMPLED_READING}."] = _save(
-            _training_figure(depth, title), folder / f"{name}_training"
-        )
+        figures = {
+            "accuracy": (_accuracy_figure, f"Accuracy on T2 against n. {title}. {SAMPLED_READING}."),
+            "discovery": (_discovery_figure, f"Discovery of S1 and the density of each layer. {title}."),
+            "training": (_training_figure, f"Training on T2 at the largest n. {title}. {SAMPLED_READING}."),
+        }
+        drawn[depth.layers] = {
+            caption: _save(draw(depth, title), folder / f"layers{depth.layers}_{name}")
+            for name, (draw, caption) in figures.items()
+        }
     return drawn
 
 

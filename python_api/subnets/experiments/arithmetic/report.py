@@ -49,7 +49,8 @@ def samples_table(depth: DepthResults) -> Table:
     """n needed for 80, 90 and 95 %, ours and published, interpolated on log n."""
     rows = []
     for condition in depth.conditions():
-        for label, curve in ((condition, depth.curve(condition)), ("  published", published_curve(depth.layers, condition))):
+        published = published_curve(depth.layers, condition)
+        for label, curve in ((condition, depth.curve(condition)), ("  published", published)):
             if curve:
                 rows.append([label, *[format_samples(samples_to_reach(curve, target)) for target in TARGETS]])
     return Table(
@@ -86,7 +87,7 @@ def subtask_table(depth: DepthResults) -> Table:
     rows = [[name, f"{values['S1']:.3f}", f"{values['T1']:.3f}"] for name, values in table.items()]
     density = depth.discovery["density"]
     return Table(
-        f"Inside the T1 network, {depth.layers} layers (density {density:.3f}; always answering 0 scores {ALWAYS_ZERO})",
+        f"Inside the T1 network, {depth.layers} layers (density {density:.3f}; always 0 scores {ALWAYS_ZERO})",
         ["weights kept", "S1: ab", "T1: a + ab"],
         rows,
     )
@@ -120,7 +121,7 @@ def write_report(results: Sequence[DepthResults], config: ArithmeticConfig, fold
     parts.append(paragraph(_recipe_line(config)))
     for depth in results:
         parts += [accuracy_table(depth, config.inherit).html(), paragraph(comparison_line(depth)), paragraph(HONEST)]
-        parts += [image(path, caption) for caption, path in figures.items() if f" {depth.layers} layers" in f" {caption}"]
+        parts += [image(path, caption) for caption, path in figures[depth.layers].items()]
         parts += [table(depth).html() for table in (samples_table, reduction_table, subtask_table, density_table)]
         parts += [
             paragraph(f"Not run: {row['condition']}, n={row['n_disambiguation']}, seed {row['seed']}: {row['reason']}")

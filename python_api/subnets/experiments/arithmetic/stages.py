@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from subnets.evaluation import evaluate_subnet
 from subnets.experiments.arithmetic import data
 from subnets.experiments.arithmetic.conditions import FROZEN, planted_masks, starting_state
 from subnets.experiments.arithmetic.config import ArithmeticConfig
@@ -163,29 +165,21 @@ def s1_batches(config: ArithmeticConfig) -> Callable[[int], Iterator[Tensor]]:
 
 
 def subtask_table(model: LeanGPT2, subnet: Subnet, config: ArithmeticConfig) -> dict[str, dict[str, float]]:
-    """Accuracy on S1 and on T1 of the subnet, its complement, size-matched random subnets (mean) and the full network.
+    """Accuracy on S1 and on T1 of the subnet, its complement, size-matched random subnets (means) and the full network.
 
     Parameters outside the masks (embeddings, norms, biases) stay as they are in every row.
     """
-    sets = {
-        task.name: data.held_out_set(task, "test", config.seed, config.num_held_out) for task in (data.S1, data.T1)
-    }
+    sets = {task.name: data.held_out_set(task, "test", config.seed, config.num_held_out) for task in (data.S1, data.T1)}
+    tests = {name: partial(_accuracy_on, sequences) for name, sequences in sets.items()}
+    table = evaluate_subnet(model, subnet, tests, controls=config.subnet_controls, seed=config.seed)
+    rows: dict[str, dict[str, float]] = {}
+    for row in table.rows:
+        rows.setdefault(row["condition"], {})[row["test"]] = row["mean"]
+    return rows
 
-    def scores() -> dict[str, float]:
-        return {name: accuracy(model, sequences) for name, sequences in sets.items()}
 
-    table = {"full": scores()}
-    with subnet.applied(model, mode="keep"):
-        table["subnet"] = scores()
-    with subnet.applied(model, mode="ablate"):
-        table["complement"] = scores()
-    controls = []
-    for i in range(config.subnet_controls):
-        control = subnet.sample_like(torch_generator(config.seed, "S1", "control", i))
-        with control.applied(model, mode="keep"):
-            controls.append(scores())
-    table["size_matched_samples"] = {name: sum(c[name] for c in controls) / len(controls) for name in sets}
-    return table
+def _accuracy_on(sequences: Tensor, model: nn.Module) -> float:
+    return accuracy(model, sequences)
 
 
 # --------------------------------------------------------------------------- transfer
@@ -260,7 +254,7 @@ def build_members(
 
 
 def _member(depth: Depth, source: State, subnet: Subnet, run: Run, label: dict[str, int | float | str]) -> Member:
-    """All conditions of one transfer seed share data, data order, dropout and fresh weights; they differ in planting."""
+    """All conditions of one transfer seed share data, its order, dropout and fresh weights: they differ in planting."""
     config = depth.config
     stream = (config.seed, "T2", run.seed)
     stream_seed = seed_for(*stream)

@@ -1,0 +1,205 @@
+"""Networks trained side by side: the same numbers as each network alone, and planted entries that never move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from subnets.experiments.arithmetic import data
+from subnets.training.gpt2 import GPT2Shape, LeanGPT2, lm_loss
+from subnets.training.member_training import Member, Recipe, StackTrainer, train_stack
+from subnets.training.seeds import byte_generator, seed_for, torch_generator
+from subnets.training.stacked import DropoutNoise, StackedGPT2
+
+SHAPE = GPT2Shape(layers=2, width=32, heads=4, dropout=0.0)
+DROPPING = GPT2Shape(layers=2, width=32, heads=4, dropout=0.1)
+
+
+def shaken_models(count: int) -> list[LeanGPT2]:
+    """Networks whose weights are large enough that every path matters."""
+    models = []
+    for i in range(count):
+        generator = torch_generator("models", i)
+        model = LeanGPT2(SHAPE, generator).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+        models.append(model)
+    return models
+
+
+def test_losses_gradients_and_answers_of_a_stack_equal_autograd_on_each_network() -> None:
+    models = shaken_models(3)
+    sequences = torch.stack([data.training_set(data.T1, 40, i) for i in range(3)])
+    sequences[:, 5] = sequences[:, 4]  # a token that occurs twice in the batch
+    stack = StackedGPT2(SHAPE, [model.state_dict() for model in models])
+    losses = stack.loss_and_grads(sequences)
+    answers = stack.answers(sequences)
+    for i, model in enumerate(models):
+        loss = lm_loss(model, sequences[i])
+        loss.backward()
+        torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-5, atol=0)
+        for name, parameter in model.named_parameters():
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(stack.grads[name][i], parameter.grad, rtol=1e-4, atol=2e-6 * max(scale, 1.0))
+        assert torch.equal(answers[i], model(sequences[i, :, :-1])[:, -1].argmax(-1))
+
+
+def test_gradients_with_dropout_are_those_of_the_dropped_network() -> None:
+    """Central differences along random directions, with the same noise in every pass."""
+    stack = StackedGPT2(DROPPING, [model.state_dict() for model in shaken_models(2)])
+    sequences = torch.stack([data.training_set(data.T1, 30, i) for i in range(2)])
+
+    def losses() -> torch.Tensor:
+        return stack.loss_and_grads(sequences, DropoutNoise([byte_generator("n", i) for i in range(2)], 0.1))
+
+    losses()
+    gradients = {name: grad.clone() for name, grad in stack.grads.items()}
+    for name in ("h.0.attn.c_attn.weight", "h.1.mlp.c_fc.weight", "h.0.ln_2.weight", "wte.weight", "wpe.weight"):
+        value, step = stack.params[name], 2e-2
+        direction = gradients[name] / gradients[name].flatten(1).norm(dim=1).view(-1, *[1] * (value.ndim - 1))
+        start = value.clone()
+        value.copy_(start + step * direction)
+        above = losses()
+        value.copy_(start - step * direction)
+        below = losses()
+        value.copy_(start)
+        slope = (gradients[name] * direction).flatten(1).sum(1)
+        torch.testing.assert_close((above - below) / (2 * step), slope, rtol=3e-2, atol=1e-4)
+
+
+def test_dropout_keeps_nine_tenths_scales_by_ten_ninths_and_repeats_per_member() -> None:
+    factors = DropoutNoise([byte_generator("a"), byte_generator("b")], 0.1).factors([100_000, 7])
+    assert [tuple(part.shape) for part in factors] == [(2, 100_000), (2, 7)]
+    assert factors[0].unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert (factors[0] > 0).float().mean(1).tolist() == pytest.approx([0.9, 0.9], abs=4e-3)
+    alone = DropoutNoise([byte_generator("b")], 0.1).factors([100_000, 7])
+    assert torch.equal(alone[0][0], factors[0][1]) and not torch.equal(factors[0][0], factors[0][1])
+
+
+def member(index: int, *, frozen: bool = False, rows: int = 230) -> Member:
+    state = {name: value.clone() for name, value in shaken_models(index + 1)[index].state_dict().items()}
+    masks = {}
+    if frozen:
+        generator = torch_generator("mask", index)
+        masks = {n: torch.rand(state[n].shape, generator=generator) < 0.3 for n in SHAPE.masked_names()}
+    sets = [data.held_out_set(data.T2, split, index, 100) for split in ("validation", "test")]
+    return Member({"index": index}, state, data.training_set(data.T2, rows, index), *sets, ("m", index), masks)
+
+
+RECIPE = Recipe(epochs=3, batch=50, lr=3e-3, weight_decay=0.1)
+
+
+def test_planted_entries_stay_constant_to_the_bit_and_all_others_move() -> None:
+    planted, free = member(0, frozen=True), member(1)
+    trainer = StackTrainer(DROPPING, [free, planted], RECIPE)
+    trainer.run()
+    for i, who in enumerate(trainer.members):
+        now = trainer.net.state(i)
+        for name in SHAPE.masked_names():
+            mask = who.frozen.get(name, torch.zeros_like(now[name], dtype=torch.bool))
+            assert torch.equal(now[name][mask], who.state[name][mask])
+            assert (now[name][~mask] != who.state[name][~mask]).float().mean().item() > 0.99
+    assert trainer.members[0] is planted
+
+
+def test_a_member_alone_and_in_company_agree_within_rounding() -> None:
+    company = train_stack(DROPPING, [member(0), member(1, frozen=True), member(2)], RECIPE)
+    for i, frozen in ((0, False), (1, True)):
+        alone = train_stack(DROPPING, [member(i, frozen=frozen)], RECIPE)[0]
+        assert alone.label == company[i].label == {"index": i}
+        for theirs, ours in zip(company[i].curve, alone.curve, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+        for name, value in alone.state.items():
+            torch.testing.assert_close(company[i].state[name], value, rtol=0, atol=2e-3)
+
+
+def test_training_equals_torch_adamw_on_the_plain_network() -> None:
+    who = member(0)
+    trainer = StackTrainer(SHAPE, [who], RECIPE)
+    trainer.run()
+    model = LeanGPT2(SHAPE)
+    model.load_state_dict(who.state)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    best = (-1.0, None)
+    for epoch in (1, 2, 3):
+        order = torch.randperm(230, generator=torch_generator("m", 0, "order", epoch))
+        for rows in order.split(50):
+            optimizer.zero_grad()
+            lm_loss(model, who.train[rows]).backward()
+            optimizer.step()
+        right = (model(who.validation[:, :-1])[:, -1].argmax(-1) == who.validation[:, -1]).float().mean().item()
+        best = max(best, (right, -epoch))
+    assert (trainer.progress.best[0], -trainer.progress.best_epoch[0]) == pytest.approx(best)
+    if best[1] == -3:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(trainer.net.state(0)[name], value, rtol=0, atol=2e-4)
+
+
+def test_the_first_of_the_best_epochs_is_reported_with_its_weights() -> None:
+    result = train_stack(DROPPING, [member(0)], Recipe(epochs=5, batch=50, lr=3e-3))[0]
+    accuracies = [point["validation_accuracy"] for point in result.curve]
+    assert result.validation_accuracy == max(accuracies)
+    assert result.best_epoch == accuracies.index(max(accuracies)) + 1
+    best = StackedGPT2(SHAPE, [result.state])
+    test = member(0).test[None]
+    assert result.test_accuracy == pytest.approx((best.answers(test) == test[..., -1]).float().mean().item())
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    members = [member(0), member(1, frozen=True)]
+    unbroken = train_stack(DROPPING, members, RECIPE)
+
+    def stop(values: dict[str, float]) -> None:
+        if values["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        StackTrainer(DROPPING, members, RECIPE, checkpoint=path, checkpoint_seconds=0.0).run(stop)
+    resumed = StackTrainer(DROPPING, members, RECIPE, checkpoint=path).run()
+    for ours, theirs in zip(resumed, unbroken, strict=True):
+        assert ours.curve == theirs.curve and ours.test_accuracy == theirs.test_accuracy
+        assert all(torch.equal(ours.state[name], value) for name, value in theirs.state.items())
+
+
+def test_clipping_bounds_each_members_gradient_norm_as_torch_does() -> None:
+    trainer = StackTrainer(SHAPE, [member(0), member(1)], Recipe(epochs=1, batch=50, lr=1e-3, clip=0.05))
+    rows = torch.arange(50).expand(2, -1)
+    trainer._step(rows, None)
+    for i in range(2):
+        model = shaken_models(2)[i]
+        lm_loss(model, member(i).train[:50]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(trainer.net.grads[name][i], parameter.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_training_stops_at_once_when_every_member_is_perfect() -> None:
+    model = LeanGPT2(SHAPE, torch_generator("p"))
+    sequences = data.held_out_set(data.T1, "test", 0, 60)
+    sequences[:, 3] = model.eval()(sequences[:, :3])[:, 2].argmax(-1)
+    same = Member({}, model.state_dict(), sequences, sequences, sequences, ("p",))
+    recipe = Recipe(epochs=9, batch=60, lr=1e-9, weight_decay=0.0, stop_when_perfect=True)
+    assert len(train_stack(SHAPE, [same], recipe)[0].curve) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "recipe", "message"),
+    [
+        ([], RECIPE, "at least one member, got none"),
+        ([member(0), member(1, rows=20)], RECIPE, r"equally many training rows \(> 0\), got \[20, 230\]"),
+        ([member(0)], Recipe(epochs=0, batch=5, lr=1e-3), "epochs and batch must be at least 1, got epochs=0"),
+    ],
+)
+def test_stacks_that_make_no_sense_are_refused(members: list[Member], recipe: Recipe, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_stack(SHAPE, members, recipe)
+
+
+def test_seeds_depend_on_every_part_and_its_type_and_on_nothing_else() -> None:
+    assert seed_for(0, "T2", 3) == seed_for(0, "T2", 3) == 325900479077815252
+    assert len({seed_for(1, 23), seed_for(12, 3), seed_for("1", 23), seed_for(1, 23, 0)}) == 4
+    with pytest.raises(TypeError, match=r"parts must be int or str, got 0.5"):
+        seed_for(0.5)  # type: ignore[arg-type]
