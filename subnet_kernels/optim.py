@@ -27,8 +27,8 @@ class MaskAdamW(torch.optim.AdamW):
 
     With ``lam`` the loss needs no penalty term: one step equals one of AdamW on ``loss + lam * sum of the mask over
     weights``, whatever the number of micro-batches, clipping or checkpointing. The penalty's gradient is taken at the
-    scores and beta that the step finds, those of the forward passes that made the gradient. A score that got no gradient
-    is still pushed by the penalty. Parameters that are no layer's scores are treated as AdamW does.
+    scores and beta that the step finds, those of the forward passes that made the gradient. A score that got no
+    gradient is still pushed by the penalty. Parameters that are no layer's scores are treated as AdamW does.
 
     Args:
         params: parameters or groups of them; a group may set its own ``lam``.
@@ -63,7 +63,8 @@ class MaskAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "lam" in self.defaults:
-            self.param_groups[-1].setdefault("lam", self.defaults["lam"])
+            group = self.param_groups[-1]
+            group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,8 +76,17 @@ class MaskAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group["lam"]:
                 _add_penalty_gradients(group["params"], group["lam"])
-        super().step()
+        _plain_adamw_step(self)
         return loss
+
+
+def _plain_adamw_step(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's step without hooks: constructing any AdamW wraps the class's method in them, and MaskAdamW.step is
+    wrapped already, so that each hook would run twice."""
+    step = torch.optim.AdamW.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)  # type: ignore[arg-type]
 
 
 def _check_lam(lam: float) -> float:
