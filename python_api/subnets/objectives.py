@@ -13,10 +13,10 @@ from .masking import masks_of
 
 
 def kl_to_unmasked(model: nn.Module, batch: Any) -> Tensor:
-    """KL(p_unmasked || p_masked), mean over rows and positions, in nats: how far the masks move the network's own output.
+    """KL(p_unmasked || p_masked), mean over rows and positions, in nats: how far the masks move the network's output.
 
-    ``p = softmax(logits)`` over the last dimension, in fp32. Equals ``F.kl_div(log_softmax(masked), log_softmax(unmasked),
-    log_target=True)`` summed over classes. Needs no labels.
+    ``p = softmax(logits)`` over the last dimension, in fp32. Equals ``F.kl_div(log_softmax(masked),
+    log_softmax(unmasked), log_target=True)`` summed over classes. Needs no labels.
 
     Args:
         model: a masked model that returns logits [..., classes], alone, as ``.logits``, or first in a tuple.

@@ -1,8 +1,8 @@
 """The checkpoint of a discovery: one safetensors file, replaced after every epoch, checked in full before it is used.
 
-Tensors: ``scores/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` (scores' shape) and ``best/<weight's name>`` (the best
-hard mask so far, one bit per weight). Metadata (JSON): what it is a checkpoint of, history, best epoch, checksum. Random
-numbers need no place: every epoch seeds its own from (seed, epoch).
+Tensors: ``scores/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` (scores' shape) and ``best/<weight's name>`` (the
+best hard mask so far, one bit per weight). Metadata (JSON): what it is a checkpoint of, history, best epoch, checksum.
+Random numbers need no place: every epoch seeds its own from (seed, epoch).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def identity(masks: MaskSet, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save(path: Path, identity: dict[str, Any], masks: MaskSet, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    path: Path, identity: dict[str, Any], masks: MaskSet, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Write it beside ``path`` and rename it into place."""
     tensors: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
@@ -118,8 +120,8 @@ def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Non
             f"{key} ({_short(theirs.get(key))} there, {_short(ours.get(key))} now)" for key in sorted(differing)
         )
         raise ValueError(
-            f"discover: the checkpoint {path} belongs to another discovery, these differ: {sides}; use another path, or "
-            "delete it to start over"
+            f"discover: the checkpoint {path} belongs to another discovery, these differ: {sides}; use another "
+            "path, or delete it to start over"
         )
 
 

@@ -86,7 +86,8 @@ class DiscoveryConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"DiscoveryConfig: {name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if not as_kind(self.kind).is_trainable:
-            raise ValueError(f"DiscoveryConfig: kind {as_kind(self.kind).name!r} gives scores no gradient; use 'sigmoid'")
+            name = as_kind(self.kind).name
+            raise ValueError(f"DiscoveryConfig: kind {name!r} gives scores no gradient; use 'sigmoid'")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, os.PathLike)):
             raise TypeError(f"DiscoveryConfig: checkpoint must be a path or None, got {self.checkpoint!r}")
 

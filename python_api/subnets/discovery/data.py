@@ -51,8 +51,8 @@ class EpochData:
 
     def generators(self) -> list[torch.Generator]:
         """Generators that a DataLoader and its sampler bring along: seeded per epoch like everything else."""
-        holders = (self._batches, getattr(self._batches, "sampler", None), getattr(self._batches, "batch_sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
+        samplers = [getattr(self._batches, name, None) for name in ("sampler", "batch_sampler")]
+        found = [getattr(holder, "generator", None) for holder in (self._batches, *samplers)]
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
     def epoch(self, epoch: int) -> Iterator[Any]:
@@ -86,8 +86,8 @@ class EpochData:
         is_counted_on = self._config.steps_per_epoch is not None or self._config.anneal == "step"
         if is_counted_on and steps != self.num_steps:
             raise ValueError(
-                f"discover: batches gave {steps} batches in epoch {epoch}, not the {self.num_steps} of steps_per_epoch or "
-                "of its length; set steps_per_epoch to what every epoch has"
+                f"discover: batches gave {steps} batches in epoch {epoch}, not the {self.num_steps} of steps_per_epoch "
+                "or of its length; set steps_per_epoch to what every epoch has"
             )
 
 

@@ -38,8 +38,8 @@ class Discovery:
 
     Attributes:
         subnet: the hard masks of the best epoch, with provenance and the hash of the network that they belong to.
-        history: one dict per epoch: epoch (from 0), step (optimizer steps done after it), loss (the objective's mean over
-            the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of masks
+        history: one dict per epoch: epoch (from 0), step (optimizer steps done after it), loss (the objective's mean
+            over the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of masks
             between .01 and .99) at its end, score (of ``evaluate`` with hard masks, or None).
         best: the best epoch's dict.
     """
@@ -78,13 +78,13 @@ def discover(
 
     Raises:
         ValueError: batches do not fit config; a loss, score or evaluation is not finite (checked once per epoch; the
-            message names the layers, the checkpoint of the epoch before is kept); the checkpoint is damaged or of another
-            discovery; what mask_model refuses.
+            message names the layers, the checkpoint of the epoch before is kept); the checkpoint is damaged or of
+            another discovery; what mask_model refuses.
         TypeError: an argument, or what objective returns, is of another form.
 
     With ``config.checkpoint`` a run that was killed at any moment goes on from the last whole epoch when called again
-    with the same arguments, and ends in the same numbers (same machine, threads and versions). Objective and data are not
-    part of what is compared: use another path for another task.
+    with the same arguments, and ends in the same numbers (same machine, threads and versions). Objective and data are
+    not part of what is compared: use another path for another task.
 
     Source: Savarese et al. 2020 (arXiv 1912.04427); Zhang et al. 2023 (arXiv 2310.10899).
 
@@ -114,12 +114,13 @@ def discover(
 
 
 def _check_arguments(
-    model: nn.Module, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None, callbacks: Sequence[Callback]
+    model: nn.Module, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
+    callbacks: Sequence[Callback],
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"discover: model must be an nn.Module, got {type(model).__name__}")
     if not callable(objective):
-        raise TypeError(f"discover: objective must be a function (model, batch) -> loss, got {type(objective).__name__}")
+        raise TypeError(f"discover: objective must be a function (model, batch) -> loss, got {objective!r}")
     if not isinstance(config, DiscoveryConfig):
         raise TypeError(f"discover: config must be a DiscoveryConfig, got {type(config).__name__}")
     if evaluate is not None and not callable(evaluate):
@@ -257,6 +258,6 @@ def _check_loss(loss: Any) -> None:
         raise TypeError(f"discover: objective must return a 0-d tensor, got {got}; reduce it, e.g. with .mean()")
     if not loss.requires_grad:
         raise ValueError(
-            "discover: the objective's loss does not depend on the scores; compute it with the model it is given, without "
-            "no_grad, detach or argmax"
+            "discover: the objective's loss does not depend on the scores; compute it with the model it is given, "
+            "without no_grad, detach or argmax"
         )

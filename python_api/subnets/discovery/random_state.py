@@ -12,8 +12,8 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Inside: torch on the CPU and on ``devices``, numpy, random and ``generators`` start from ``seed``. After it, all of
-    them are where they were before, whatever happened inside."""
+    """Inside: torch on the CPU and on ``devices``, numpy, random and ``generators`` start from ``seed``. After it, all
+    of them are where they were before, whatever happened inside."""
     cuda = sorted({torch.cuda.current_device() if d.index is None else d.index for d in devices if d.type == "cuda"})
     own = {id(generator): generator for generator in generators}.values()
     states = [(generator, generator.get_state()) for generator in own]
