@@ -24,12 +24,13 @@ _EVALUATION_CHUNK = 250  # sequences per forward pass: keeps activations of a do
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every member of a stack is trained; AdamW with betas (0.9, 0.999), eps 1e-8."""
+    """How every member of a stack is trained; AdamW with betas (0.9, beta2), eps 1e-8."""
 
     epochs: int
     batch: int
     lr: float
     weight_decay: float = 0.01
+    beta2: float = 0.999
     clip: float | None = None  # largest gradient norm of a member
     warmup_steps: int = 0  # the rate rises linearly over this many steps
     decay: bool = False  # the rate falls linearly to 0 at the end of the last epoch
@@ -127,8 +128,10 @@ class StackTrainer:
     def _optimizer(self) -> torch.optim.AdamW:
         for name, value in self.net.params.items():
             value.grad = self.net.grads[name]
+        recipe = self.recipe
+        betas = (0.9, recipe.beta2)
         params = list(self.net.params.values())
-        return torch.optim.AdamW(params, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay, fused=True)
+        return torch.optim.AdamW(params, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay, fused=True)
 
     def _steps_per_epoch(self) -> int:
         return -(-self.train_data.shape[1] // self.recipe.batch)

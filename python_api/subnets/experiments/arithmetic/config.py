@@ -50,6 +50,8 @@ class ArithmeticConfig:
     base_batch: int = _knob(50, "T1 batch")
     base_lr: float = _knob(5e-4, "T1 rate")
     base_decay: bool = _knob(True, "T1 rate falls linearly to 0 over base_epochs")
+    base_weight_decay: float = _knob(0.0, "AdamW weight decay on T1")
+    base_beta2: float = _knob(0.999, "AdamW second beta on T1")
     base_warmup: int = _knob(0, "steps of linear warm-up on T1")
     base_dropout: float | None = _knob(None, "dropout on T1 if another than `dropout`")
     base_evaluate_every: int = _knob(0, "steps between evaluations on T1; 0 = once an epoch")

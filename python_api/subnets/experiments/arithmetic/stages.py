@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from subnets.discovery import DiscoveryConfig, discover
 from subnets.evaluation import evaluate_subnet
 from subnets.experiments.arithmetic import data
 from subnets.experiments.arithmetic.conditions import FROZEN, planted_masks, starting_state
@@ -80,7 +82,8 @@ def base_stage(depth: Depth, show: bool = False) -> State:
         epochs=config.base_epochs,
         batch=config.base_batch,
         lr=config.base_lr,
-        weight_decay=0.0,
+        weight_decay=config.base_weight_decay,
+        beta2=config.base_beta2,
         clip=1.0,
         warmup_steps=config.base_warmup,
         decay=config.base_decay,
@@ -117,28 +120,19 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
     path, facts = depth.folder / "subnet.safetensors", depth.folder / "discovery.json"
     if path.exists() and facts.exists():
         return Subnet.load(path)
-    from subnets.discovery import DiscoveryConfig, discover
-
     config, layers = depth.config, depth.layers
     started = time.perf_counter()
     model = depth.model(source)
-    validation = data.held_out_set(data.S1, "validation", config.seed, config.num_held_out)
     checkpoint = depth.folder / "discovery.checkpoint.safetensors"
+    if show:
+        print(f"discovery of S1, {layers} layers", file=sys.stderr)
     found = discover(
         model,
         s1_batches(config),
         lm_loss,
-        DiscoveryConfig(
-            epochs=config.discovery_epochs,
-            lr=config.discovery_rate(layers),
-            weight_decay=0.01,
-            lam=config.lam,
-            score_init=config.score_init,
-            beta_end=config.beta_end,
-            seed=seed_for(config.seed, "S1", layers) % 2**31,
-            checkpoint=checkpoint,
-        ),
-        evaluate=lambda masked: accuracy(masked, validation),
+        discovery_config(config, layers, checkpoint),
+        evaluate=partial(accuracy_on, data.held_out_set(data.S1, "validation", config.seed, config.num_held_out)),
+        progress=show,
     )
     found.subnet.provenance.update({"task": data.S1.formula, "base_task": data.T1.formula, "layers": layers})
     found.subnet.save(path, weights=model)
@@ -151,6 +145,21 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
     })  # fmt: skip
     checkpoint.unlink(missing_ok=True)
     return found.subnet
+
+
+def discovery_config(config: ArithmeticConfig, layers: int, checkpoint: Path | None = None) -> DiscoveryConfig:
+    """The settings of `discover` at one depth."""
+    return DiscoveryConfig(
+        epochs=config.discovery_epochs,
+        steps_per_epoch=-(-config.discovery_pairs // config.discovery_batch),
+        lr=config.discovery_rate(layers),
+        weight_decay=0.01,
+        lam=config.lam,
+        score_init=config.score_init,
+        beta_end=config.beta_end,
+        seed=seed_for(config.seed, "S1", layers) % 2**31,
+        checkpoint=checkpoint,
+    )
 
 
 def s1_batches(config: ArithmeticConfig) -> Callable[[int], Iterator[Tensor]]:
@@ -170,7 +179,7 @@ def subtask_table(model: LeanGPT2, subnet: Subnet, config: ArithmeticConfig) -> 
     Parameters outside the masks (embeddings, norms, biases) stay as they are in every row.
     """
     sets = {task.name: data.held_out_set(task, "test", config.seed, config.num_held_out) for task in (data.S1, data.T1)}
-    tests = {name: partial(_accuracy_on, sequences) for name, sequences in sets.items()}
+    tests = {name: partial(accuracy_on, sequences) for name, sequences in sets.items()}
     table = evaluate_subnet(model, subnet, tests, controls=config.subnet_controls, seed=config.seed)
     rows: dict[str, dict[str, float]] = {}
     for row in table.rows:
@@ -178,7 +187,8 @@ def subtask_table(model: LeanGPT2, subnet: Subnet, config: ArithmeticConfig) -> 
     return rows
 
 
-def _accuracy_on(sequences: Tensor, model: nn.Module) -> float:
+def accuracy_on(sequences: Tensor, model: nn.Module) -> float:
+    """`accuracy` with the sequences first, for functools.partial."""
     return accuracy(model, sequences)
 
 
