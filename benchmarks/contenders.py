@@ -1,7 +1,8 @@
-"""What is compared: a masked (or plain) layer each, all on the same values: forward pass, backward pass, optimizer step.
+"""What is compared: a masked (or plain) layer each, all on the same values: forward, backward, optimizer step.
 
-Each contender owns its leaves, so that an optimizer step of one leaves the others alone. x requires grad in all (as for a
-layer inside a network), the bias is frozen in all, and every masked one's backward pass includes the penalty's gradient.
+Each contender owns its leaves, so that an optimizer step of one leaves the others alone. x requires grad in all (as for
+a layer inside a network), the bias is frozen in all, and every masked one's backward pass includes the penalty's
+gradient.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Bytes kept between forward and backward, and the peak while both run.
 
 Kept: what ``torch.autograd.graph.saved_tensors_hooks`` sees, each storage once, without those that exist anyway (x, W,
-s, bias, beta). Peak: on the CPU, the largest sum of what torch's allocator handed out and got back during the call, from
-the profiler's memory events, so that results (gradients) count and what was there before does not; memory that MKL or
-oneDNN take elsewhere is not seen. On CUDA, ``max_memory_allocated`` over the level before the call.
+s, bias, beta). Peak: on the CPU, the largest sum of what torch's allocator handed out and got back during the call,
+from the profiler's memory events, so that results (gradients) count and what was there before does not; memory that
+MKL or oneDNN take elsewhere is not seen. On CUDA, ``max_memory_allocated`` over the level before the call.
 """
 
 from __future__ import annotations

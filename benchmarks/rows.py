@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Row:
     """One contender in one phase of one case. Times are microseconds per call. ``x_<baseline>``: median over the rounds
-    of the baseline's time / this one's (above 1: this one is faster). ``gate``: largest error / allowed error (at most 1
-    is right; empty: computes something else). ``kept_mb``, ``peak_mb``: memory.py; ``kept_weights``: kept bytes in units
-    of the weight's. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
+    of the baseline's time / this one's (above 1: this one is faster). ``gate``: largest error / allowed error (at most
+    1 is right; empty: computes something else). ``kept_mb``, ``peak_mb``: memory.py; ``kept_weights``: kept bytes in
+    units of the weight's. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
     measured in this run."""
 
     suite: str
@@ -33,9 +33,9 @@ class Row:
     contender: str
     mode: str
     num_rounds: int
-    median_us: float
-    p20_us: float
-    p80_us: float
+    median_us: float | None
+    p20_us: float | None
+    p80_us: float | None
     x_eager: float | None = None
     x_compile: float | None = None
     x_linear: float | None = None
@@ -156,7 +156,8 @@ def table(rows: list[Row], is_ours: Callable[[Row], bool] = lambda row: row.cont
             ratios = [_number(getattr(row, f"x_{name}")) for name in RATIOS]
             phase = row.phase if row.mode == "eager" else f"{row.phase} ({row.mode})"
             lines.append((
-                row.case, phase, row.contender, f"{row.median_us:.1f}", f"{row.p20_us:.1f}-{row.p80_us:.1f}", *ratios,
+                row.case, phase, row.contender, _number(row.median_us, ".1f"),
+                f"{_number(row.p20_us, '.1f')}-{_number(row.p80_us, '.1f')}", *ratios,
                 _number(row.over_linear_us, ".1f"), _number(row.kept_weights), _number(row.peak_mb, ".1f"),
                 _number(row.ceiling_fraction),
             ))  # fmt: skip

@@ -99,7 +99,7 @@ def run_layer(
         for contender in contenders:
             row = _row(suite, case.name, phase, contender.name, settings.mode, timings)
             row.gate = worst.get(contender.name)
-            row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / row.median_us
+            row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / timings[row.contender].percentile_us(50)
             if contender.name in memories:
                 kept, peak = memories[contender.name]
                 row.kept_mb, row.kept_weights, row.peak_mb = kept / 2**20, kept / weight_bytes, peak / 2**20
@@ -116,7 +116,7 @@ def run_memory(case: LayerCase, settings: Settings, ceilings: Ceilings) -> list[
     rows = []
     for c in contenders:
         kept, peak = memory.kept_bytes(c), memory.peak_bytes(c)
-        row = Row("memory", case.name, "forward_backward", c.name, "eager", 0, 0.0, 0.0, 0.0, gate=worst.get(c.name))
+        row = Row("memory", case.name, "forward_backward", c.name, "eager", 0, None, None, None, gate=worst.get(c.name))
         row.kept_mb, row.kept_weights, row.peak_mb = kept / 2**20, kept / weight_bytes, peak / 2**20
         rows.append(row)
     return rows
@@ -138,7 +138,7 @@ def run_kernel(case: KernelCase, settings: Settings, ceilings: Ceilings) -> list
     for name in chosen:
         row = _row("kernels", case.name, "forward", name, settings.mode, timings)
         row.gate, row.note = worst[name], problem.note if name.startswith("ours") else ""
-        row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / row.median_us
+        row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / timings[row.contender].percentile_us(50)
         rows.append(row)
     return rows
 

@@ -1,0 +1,307 @@
+"""Build, check and measure on a GPU machine that has neither network nor pip: ``make gpu-check OUT=folder``.
+
+``python3 -m benchmarks.gpu_check --out folder`` builds the extension in place, checks the reference backend and the
+CUDA kernel of effective weights on the GPU against fp64, runs the tests marked ``gpu`` and compute-sanitizer where they
+are there, and measures the machine's ceilings, the baselines and the kernel's bandwidth, in under ten minutes. It
+writes report.txt, results.csv, results.json, environment.json, build.log and tests.log; results worth keeping go to
+benchmarks/results/<device>/. Exit code: 0 all checks passed, 1 one failed, 2 there is no GPU. ``--dry-run`` runs on the
+CPU what can run there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cases, gpu_correctness, rows
+from .ceilings import Ceilings
+from .rows import ROOT, Row
+from .runner import Settings, run_kernel, run_layer
+from .timing import TimingConfig
+
+TOTAL_S = 540.0
+TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
+
+
+class Session:
+    """One run: its device, clock, findings and files."""
+
+    def __init__(self, out: Path, device: str, seed: int, total_s: float) -> None:
+        self.out, self.device, self.seed = out, device, seed
+        self.start, self.total_s = time.perf_counter(), total_s
+        self.rows: list[Row] = []
+        self.checks: list[tuple[str, float]] = []
+        self.failed: list[str] = []
+        self.skipped: list[str] = []
+        self.lines: list[str] = []
+        self.ceilings = Ceilings(device, TIMING)
+        out.mkdir(parents=True, exist_ok=True)
+
+    def left_s(self) -> float:
+        return self.total_s - (time.perf_counter() - self.start)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def skip(self, what: str, why: str) -> None:
+        self.skipped.append(f"{what}: {why}")
+        self.say(f"  skipped {what}: {why}")
+
+    def take(self, checks: Iterable[tuple[str, float]]) -> None:
+        """Run checks one by one; an exception is a failure of the check after the last one named."""
+        name, num, worst = "the first check", 0, 0.0
+        try:
+            for name, ratio in checks:
+                num, worst = num + 1, max(worst, ratio)
+                self.checks.append((name, ratio))
+                if not ratio <= 1:
+                    self.fail(f"{name}: error is {ratio:.3g} times the allowed one")
+        except Exception as error:  # whatever it is, the rest must still run
+            self.fail(f"after {name}: {type(error).__name__}: {error}")
+        self.say(f"  {num} checks, worst error {worst:.3g} of the allowed one")
+
+    def fail(self, what: str) -> None:
+        self.failed.append(what)
+        self.say(f"  FAILED {what}")
+
+    def run(self, command: list[str], log: str, timeout_s: float) -> int | None:
+        """Run a command, append its output to a log file; its exit code, or None if it took too long."""
+        with (self.out / log).open("a") as file:
+            file.write(f"$ {' '.join(command)}\n")
+            file.flush()
+            try:
+                done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=timeout_s)
+                return done.returncode
+            except subprocess.TimeoutExpired:
+                file.write(f"stopped after {timeout_s:.0f} s\n")
+                return None
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def build(session: Session) -> None:
+    """The extension, in place."""
+    if session.device == "cpu":
+        (session.out / "build.log").write_text("dry run: nothing is built\n")
+        return session.skip("build", "dry run")
+    code = session.run([sys.executable, "setup.py", "build_ext", "--inplace"], "build.log", 240)
+    if code != 0:
+        session.fail(f"build: {'took over 240 s' if code is None else f'exit code {code}'}, see build.log")
+    from subnet_kernels.backends.native import has_cuda_kernels, load_error
+
+    if load_error() is not None:
+        session.fail(f"build: {load_error()}")
+    elif not has_cuda_kernels():
+        session.fail("build: the extension has no CUDA kernels (was nvcc found? see build.log)")
+
+
+def check_reference(session: Session) -> None:
+    """Every op of the reference backend against fp64."""
+    session.take(gpu_correctness.reference_checks(session.device, session.seed))
+
+
+def check_kernel(session: Session) -> None:
+    """effective_weights of the extension against fp64."""
+    backend = "cuda" if session.device == "cuda" else "cpu"
+    session.take(gpu_correctness.effective_weights_checks(backend, session.device, session.seed))
+    if session.device == "cpu":
+        return session.skip("graph replay and refusals of the cuda backend", "dry run")
+    session.take(gpu_correctness.refusal_check(session.device))
+    session.take(gpu_correctness.graph_check(session.device, session.seed))
+
+
+def run_sanitizer(session: Session) -> None:
+    """compute-sanitizer memcheck over the kernel's checks."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or session.device == "cpu":
+        return session.skip("compute-sanitizer", "dry run" if session.device == "cpu" else "it is not installed")
+    script = [sys.executable, "-m", "benchmarks.gpu_check", "--sanitizer-script", "--seed", str(session.seed)]
+    code = session.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *script], "tests.log", 120)
+    log = (session.out / "tests.log").read_text()
+    if code is None:
+        session.skip("compute-sanitizer", "it took over 120 s")
+    elif "Device not supported" in log:
+        session.skip("compute-sanitizer", "it does not support this device")
+    elif code != 0:
+        session.fail(f"compute-sanitizer memcheck: exit code {code}, see tests.log")
+    else:
+        session.say("  memcheck found nothing")
+
+
+def run_tests(session: Session) -> None:
+    """The tests marked gpu."""
+    from importlib.util import find_spec
+
+    if find_spec("pytest") is None:
+        return session.skip("tests", "pytest is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels"]
+    code = session.run(command, "tests.log", 120)
+    if code == 5:
+        session.skip("tests", "none is marked gpu")
+    elif code is None:
+        session.skip("tests", "they took over 120 s, see tests.log")
+    elif code != 0:
+        session.fail(f"tests: pytest's exit code {code}, see tests.log")
+    else:
+        session.say("  passed")
+
+
+def measure_ceilings(session: Session) -> None:
+    """Copy bandwidth (large, beyond the cache; and of a layer's size) and product rates."""
+    for num_bytes in (1 << 32 if session.device == "cuda" else 1 << 27, 1 << 24):
+        session.ceilings.bytes_per_s(num_bytes)
+    for dtype in (torch.bfloat16, torch.float32):
+        session.ceilings.flops_per_s(dtype)
+    for name, value in session.ceilings.known().items():
+        session.say(f"  {name} {value:.4g}")
+
+
+def _time_each(session: Session, name: str, least_s: float, jobs: list[tuple[Any, Callable[[], list[Row]]]]) -> None:
+    """Run the jobs while time is left; what does not run is said, what raises is said and the rest goes on."""
+    for case, job in jobs:
+        if session.left_s() < least_s:
+            session.skip(f"{name} {case.name}", "no time left")
+            continue
+        try:
+            session.rows += job()
+        except Exception as error:
+            session.fail(f"{name} {case.name}: {type(error).__name__}: {error}")
+
+
+def _settings(session: Session, mode: str) -> Settings:
+    phases = ("forward", "forward_backward", "step") if mode == "eager" else ("forward", "forward_backward")
+    baselines = ("eager", "compile", "linear") if session.device == "cuda" else ("eager", "linear")
+    return Settings(session.device, TIMING, baselines, phases, mode, mode == "eager", session.say)
+
+
+def _modes(session: Session) -> tuple[str, ...]:
+    return ("eager", "graph") if session.device == "cuda" else ("eager",)
+
+
+def measure_kernel(session: Session) -> None:
+    """effective_weights and effective_weight alone against eager and compiled, launched and as CUDA graphs."""
+    chosen = [c for c in cases.KERNEL_CASES if c.op.startswith("effective_weight")]
+    if session.device == "cpu":
+        chosen = cases.select(chosen, None, quick=True)
+    for mode in _modes(session):
+        settings = _settings(session, mode)
+        jobs = [(c, lambda c=c, s=settings: run_kernel(c, s, session.ceilings)) for c in chosen]
+        _time_each(session, f"kernel ({mode})", 20, jobs)
+
+
+def measure_baselines(session: Session) -> None:
+    """Layers at the named shapes: eager, compiled, nn.Linear and ours, launched and as CUDA graphs."""
+    chosen = cases.GPU_LINEAR_CASES
+    if session.device == "cpu":
+        chosen = cases.select(cases.LINEAR_CASES, ["512x128_m256"], quick=True)
+    for mode in _modes(session):
+        settings = _settings(session, mode)
+        jobs = [(c, lambda c=c, s=settings: run_layer(c, s, session.ceilings)) for c in chosen]
+        _time_each(session, f"layer ({mode})", 30, jobs)
+
+
+SECTIONS: tuple[tuple[str, Callable[[Session], None], float], ...] = (  # name, what, seconds it needs at least
+    ("build", build, 0),
+    ("reference backend", check_reference, 20),
+    ("kernel effective_weights", check_kernel, 20),
+    ("ceilings", measure_ceilings, 20),
+    ("kernel speed", measure_kernel, 30),
+    ("compute-sanitizer", run_sanitizer, 130),
+    ("tests", run_tests, 130),
+    ("layer speed", measure_baselines, 30),
+)
+
+
+# --- files and command -----------------------------------------------------------------------------------------------
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "not available"
+
+
+def write_files(session: Session) -> None:
+    env = rows.environment(session.device, torch.get_num_threads(), TIMING.clock)
+    details = {
+        "nvidia_smi": _output_of(
+            "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"
+        ),
+        "nvcc": _output_of("nvcc", "--version"),
+        "seed": session.seed, "seconds": round(time.perf_counter() - session.start, 1),
+        "skipped": session.skipped, "failed": session.failed, "checks": dict(session.checks),
+    }  # fmt: skip
+    (session.out / "environment.json").write_text(json.dumps(env | details, indent=1) + "\n")
+    rows.write_csv(session.out / "results.csv", session.rows, env)
+    rows.write_json(session.out / "results.json", session.rows, env, session.ceilings.known())
+    wrong = [r for r in session.rows if r.gate is not None and not r.gate <= 1]
+    for row in wrong:
+        if row.contender.startswith("ours"):
+            session.fail(f"{row.case} {row.contender}: error is {row.gate:.3g} times the allowed one")
+    session.say("")
+    session.say(rows.table(session.rows))
+    session.say(", ".join(f"{name} {value:.4g}" for name, value in session.ceilings.known().items()))
+    session.say(", ".join(f"{name} {env[name]}" for name in ("device", "torch", "triton", "commit")))
+    session.say(f"{len(session.checks)} checks, {len(session.failed)} failed, {len(session.skipped)} parts skipped")
+    for what in session.failed:
+        session.say(f"FAILED {what}")
+    (session.out / "report.txt").write_text("\n".join(session.lines) + "\n")
+
+
+def sanitizer_script(seed: int) -> int:
+    """What runs under compute-sanitizer: the kernel's checks, small."""
+    worst = max(ratio for _, ratio in gpu_correctness.effective_weights_checks("cuda", "cuda", seed))
+    print(f"worst error {worst:.3g} of the allowed one")
+    return 0 if worst <= 1 else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder for the six files")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU what can run there")
+    parser.add_argument("--seed", type=int, help="of the random inputs (a fresh one if not given; the report names it)")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="time budget (%(default)s)")
+    parser.add_argument("--sanitizer-script", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not args.dry_run:
+        print(f"gpu_check: torch {torch.__version__} sees no GPU here, so there is nothing to check; try --dry-run")
+        return 2
+    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(3), "little")
+    if args.sanitizer_script:
+        return sanitizer_script(seed)
+    session = Session(args.out, "cpu" if args.dry_run else "cuda", seed, args.seconds)
+    for log in ("build.log", "tests.log"):
+        (session.out / log).write_text("")
+    session.say(f"gpu_check on {rows.device_name(session.device)}, seed {seed}, budget {args.seconds:.0f} s")
+    for name, section, least_s in SECTIONS:
+        if session.left_s() < least_s:
+            session.skip(name, f"{session.left_s():.0f} s left, it needs {least_s:.0f}")
+            continue
+        before = time.perf_counter()
+        session.say(f"== {name}")
+        try:
+            section(session)
+        except Exception as error:  # one broken section must not cost the others' results
+            session.fail(f"{name}: {type(error).__name__}: {error}")
+        session.say(f"  {time.perf_counter() - before:.1f} s")
+    write_files(session)
+    return 1 if session.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

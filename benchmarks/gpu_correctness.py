@@ -1,0 +1,173 @@
+"""What gpu_check checks: the reference on the GPU, and the multi-tensor kernel of effective weights, against fp64.
+
+Every check draws fresh inputs from the seed it is given (the report names it), poisons the outputs with NaN and returns
+its worst error as a multiple of the allowed one (testing.error_bound): above 1 it failed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from subnet_kernels import BackendRefused, testing, use_backend
+from subnet_kernels.masks import MaskKind, as_kind
+from subnet_kernels.ops.effective_weight import effective_weights_raw
+
+Check = tuple[str, float]  # what was checked, worst error / allowed error
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLOCK = 8192  # weights per thread block of the CUDA kernel: sizes around it are where its bounds could be wrong
+LAYER_SIZES = (
+    (1,), (3,), (7, 1), (127,), (31, 33), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (0, 5), (257, 389), (64, 3, 3, 3),
+)  # fmt: skip
+
+
+def reference_checks(device: str, seed: int) -> Iterator[Check]:
+    """Every op on the reference backend on this device: dtypes, kinds, coarse scores, strides, odd and empty shapes."""
+    op = functools.partial(testing.ours, backend="reference")
+    for name, dtype in DTYPES.items():
+        linears = {
+            "13x17x29": testing.linear_case(13, 17, 29, dtype, seed=seed, device=device),
+            "transposed": testing.linear_case(5, 24, 16, dtype, is_transposed=True, seed=seed, device=device),
+            "row": testing.linear_case(7, 12, 20, dtype, scores_shape=(12, 1), seed=seed, device=device),
+            "block": testing.linear_case(7, 12, 20, dtype, scores_shape=(3, 5), seed=seed, device=device),
+            "hard": testing.linear_case(9, 11, 13, dtype, kind="hard", seed=seed, device=device),
+            "empty batch": testing.linear_case(0, 11, 13, dtype, seed=seed, device=device),
+            "512x128, M 256": testing.linear_case(256, 512, 128, dtype, seed=seed, device=device),
+        }
+        convs = {
+            "conv 3x3": testing.conv_case((2, 8, 9, 9), (6, 8, 3, 3), dtype, padding=1, seed=seed, device=device),
+            "conv groups": testing.conv_case((2, 8, 9, 9), (6, 4, 3, 3), dtype, groups=2, seed=seed, device=device),
+            "conv filter": testing.conv_case(
+                (2, 8, 9, 9), (6, 8, 3, 3), dtype, scores_shape=(6, 1, 1, 1), stride=2, seed=seed, device=device
+            ),
+        }
+        for label, case in {**linears, **convs}.items():
+            yield f"reference, {case.op}, {label}, {name}", max(testing.worst_errors(case, op).values())
+    case = testing.linear_case(3, 4, 5, torch.float64, seed=seed, device=device)
+    inputs = tuple(t.requires_grad_() for t in (case.x, case.weight, case.scores))
+
+    def in_fp64(x: Tensor, weight: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return op(testing.Case(x, weight, scores, case.beta))
+
+    # raises where an analytical gradient differs from the numerical one
+    yield "reference, masked_linear, gradcheck, fp64", 0.0 if torch.autograd.gradcheck(in_fp64, inputs) else float("inf")
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
+    """Normal numbers; ``offset`` elements into its memory, so that vector loads would be misaligned."""
+    num = torch.Size(shape).numel()
+    device = generator.device
+    flat = torch.randn(num + offset, generator=generator, device=device).to(dtype)
+    return flat[offset:].view(shape)
+
+
+def _inputs(
+    device: str, seed: int, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], offset: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = [_random(shape, dtype, generator, offset) for shape in shapes]
+    scores = [_random(shape, torch.float32, generator, offset) for shape in shapes]
+    return weights, scores
+
+
+def _worst(
+    weights: list[Tensor], scores: list[Tensor], beta: float, kind: MaskKind, w_effs: list[Tensor], penalties: Tensor
+) -> float:
+    """Worst error of w_effs and penalties as a multiple of the allowed one; NaN (an unwritten element) is infinite."""
+    worst = 0.0
+    for w, s, got, penalty in zip(weights, scores, w_effs, penalties, strict=True):
+        m = kind.value(s.double(), beta)
+        truth, total = w.double() * m, m.sum()
+        plain = (w.float() * kind.value(s, beta)).to(got.dtype)
+        plain_total = kind.value(s, beta).sum()
+        for value, true, eager, dtype in ((got, truth, plain, got.dtype), (penalty, total, plain_total, torch.float32)):
+            if value.numel() == 0:
+                continue
+            eager_error = (eager.double() - true).abs().max().item()
+            bound = testing.error_bound(eager_error, true.abs(), dtype, False)
+            error = (value.double() - true).abs()
+            ratio = torch.where(error == 0, torch.zeros_like(error), error / bound).max().item()
+            worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
+
+
+def _run(
+    backend: str, weights: list[Tensor], scores: list[Tensor], beta: float, kind: MaskKind, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Into NaN-filled outputs."""
+    out = [torch.full_like(w, float("nan"), dtype=dtype) for w in weights]
+    with use_backend(backend):
+        return effective_weights_raw(weights, scores, torch.tensor(beta, device=weights[0].device), kind, dtype, out)
+
+
+def _is_equal(a: tuple[list[Tensor], Tensor], b: tuple[list[Tensor], Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip([*a[0], a[1]], [*b[0], b[1]], strict=True))
+
+
+def effective_weights_checks(backend: str, device: str, seed: int) -> Iterator[Check]:
+    """The multi-tensor kernel on ``backend``: dtypes, kinds, betas, odd, misaligned, transposed, empty, many layers."""
+    sigmoid, hard = as_kind("sigmoid"), as_kind("hard")
+
+    def worst(
+        inputs: tuple[list[Tensor], list[Tensor]], dtype: torch.dtype, beta: float = 3.0, kind: MaskKind = sigmoid
+    ) -> float:
+        return _worst(*inputs, beta, kind, *_run(backend, *inputs, beta, kind, dtype))
+
+    for w_name, w_dtype in DTYPES.items():
+        for o_name, o_dtype in DTYPES.items():
+            inputs = _inputs(device, seed, w_dtype, LAYER_SIZES)
+            for kind in (sigmoid, hard):
+                yield f"{backend}, {kind.name}, {w_name} to {o_name}", worst(inputs, o_dtype, kind=kind)
+    bf16 = torch.bfloat16
+    for beta in (0.0, 1.0, 200.0):
+        yield f"{backend}, beta {beta:g}", worst(_inputs(device, seed + 1, bf16, LAYER_SIZES), bf16, beta)
+    for offset in (1, 2, 3):
+        inputs = _inputs(device, seed + 2, bf16, LAYER_SIZES, offset)
+        yield f"{backend}, memory off by {offset} elements", worst(inputs, bf16)
+    weights, scores = _inputs(device, seed + 3, torch.float32, ((33, 65), (128, 30)))
+    yield f"{backend}, transposed", worst(([w.t() for w in weights], [s.t() for s in scores]), torch.float32)
+    many = tuple((1 + 37 * i % 1009,) for i in range(200))
+    yield f"{backend}, 200 layers", worst(_inputs(device, seed + 4, bf16, many), bf16)
+    inputs = _inputs(device, seed + 5, bf16, ((3072, 768), (768, 3072)))
+    yield f"{backend}, 3072x768", worst(inputs, bf16)
+    runs = [_run(backend, *inputs, 3.0, sigmoid, bf16) for _ in range(5)]
+    is_same = all(_is_equal(runs[0], run) for run in runs)
+    yield f"{backend}, five runs are bit-identical", 0.0 if is_same else float("inf")
+
+
+def graph_check(device: str, seed: int) -> Iterator[Check]:
+    """A captured launch reads scores and beta when it is replayed."""
+    from .timing import as_cuda_graph
+
+    kind = as_kind("sigmoid")
+    weights, scores = _inputs(device, seed, torch.bfloat16, LAYER_SIZES)
+    beta = torch.tensor(1.0, device=device)
+    out = [torch.full_like(w, float("nan")) for w in weights]
+    penalties: list[Tensor] = []
+
+    def launch() -> None:
+        with use_backend("cuda"):
+            penalties[:] = [effective_weights_raw(weights, scores, beta, kind, torch.bfloat16, out)[1]]
+
+    replay = as_cuda_graph(launch)
+    for s in scores:
+        s.neg_()
+    beta.fill_(5.0)
+    replay()
+    torch.cuda.synchronize()
+    yield "cuda, replayed graph sees new scores and beta", _worst(weights, scores, 5.0, kind, out, penalties[0])
+
+
+def refusal_check(device: str) -> Iterator[Check]:
+    """A backend asked for by name refuses what it can't run, in words, and never falls back."""
+    weight, scores = torch.ones(4, 4, device=device), torch.ones(4, 1, device=device)
+    beta = torch.tensor(1.0, device=device)
+    try:
+        with use_backend("cuda"):
+            effective_weights_raw([weight], [scores], beta, as_kind("sigmoid"), torch.float32)
+        yield "cuda refuses coarse scores", float("inf")
+    except BackendRefused:
+        yield "cuda refuses coarse scores", 0.0
