@@ -8,13 +8,13 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from subnets import MaskedConv2d, MaskedHFConv1D, MaskedLinear, mask_model, masks_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import subnet_kernels as sk
 from subnet_kernels.masks import expand_scores
 from subnet_kernels.testing import Case, conv_case, error_bound, linear_case, worst_errors
-from subnets import MaskedConv2d, MaskedHFConv1D, MaskedLinear, mask_model, masks_of
 
 BETA = 3.0
 UNITS_LINEAR = {"weight": (12, 20), "row": (12, 1), "column": (1, 20), "head:4": (4, 1), (3, 5): (4, 4)}

@@ -99,7 +99,7 @@ def _step_tensor(step: float, scores: Tensor, optimizer: torch.optim.Optimizer) 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"discover: the checkpoint {path} can't be read ({error}); {_MEND}") from None

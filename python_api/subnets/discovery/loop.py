@@ -39,8 +39,8 @@ class Discovery:
     Attributes:
         subnet: the hard masks of the best epoch, with provenance and the hash of the network that they belong to.
         history: one dict per epoch: epoch (from 0), step (optimizer steps done after it), loss (the objective's mean
-            over the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of masks
-            between .01 and .99) at its end, score (of ``evaluate`` with hard masks, or None).
+            over the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of
+            masks between .01 and .99) at its end, score (of ``evaluate`` with hard masks, or None).
         best: the best epoch's dict.
     """
 
