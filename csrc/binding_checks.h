@@ -66,7 +66,7 @@ float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t
 void check_shape(const char* op, const View& view, const View& like) {
   bool is_same = view.ndim == like.ndim;
   for (int d = 0; is_same && d < view.ndim; ++d) is_same = view.size[d] == like.size[d];
-  STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have ", like.name, "'s shape ", text(like.ndim, like.size),
+  STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have the shape of ", like.name, ", ", text(like.ndim, like.size),
                   ", got ", text(view.ndim, view.size));
 }
 
@@ -110,7 +110,7 @@ void check_has_no_overlap(const char* op, const View& view) {
     order[at] = d;
   }
   int64_t last = 0;
-  for (int at = 0; at < count; ++at) {
+  for (int at = 0; at < count && numel(view) > 0; ++at) {
     STD_TORCH_CHECK(view.stride[order[at]] > last, op, ": ", view.name,
                     " must not hold one element at several indices, got strides ", text(view.ndim, view.stride));
     last += (view.size[order[at]] - 1) * view.stride[order[at]];
