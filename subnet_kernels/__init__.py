@@ -1,7 +1,7 @@
 """Fused kernels for training masks over the weights of neural networks: functions of tensors, without state.
 
-``w_eff = weight * sigmoid(beta * scores)`` in linear and convolution layers, forward and backward, with the L1 penalty of
-the mask and its gradient as by-products. The layers, loops and files built on them are in the package ``subnets``.
+``w_eff = weight * sigmoid(beta * scores)`` in linear and convolution layers, forward and backward, with the L1 penalty
+of the mask and its gradient as by-products. The layers, loops and files built on them are in the package ``subnets``.
 """
 
 from .dispatch import BackendRefused, use_backend

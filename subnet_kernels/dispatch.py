@@ -11,6 +11,9 @@ import contextvars
 import functools
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from .backends.base import Backend, Call
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
@@ -96,6 +99,25 @@ def choose(call: Call, name: str | None = None) -> Backend:
         ValueError: no backend has that name.
     """
     return _choose(call, name or _forced.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_by_facts(
+    op: str, device: str, weight_dtype: torch.dtype, compute_dtype: torch.dtype, kind: str, plan: str | None,
+    num_dims: int, is_same_shape: bool, name: str | None,
+) -> Backend:
+    return _choose(Call(op, device, weight_dtype, compute_dtype, kind, plan, num_dims, is_same_shape), name)
+
+
+def choose_for(
+    op: str, weight: Tensor, scores: Tensor, kind: str, compute_dtype: torch.dtype, plan: str | None = None,
+    name: str | None = None,
+) -> Backend:
+    """:func:`choose` for a call with these (checked) tensors; the cheap way, for every forward pass."""
+    return _choose_by_facts(
+        op, weight.device.type, weight.dtype, compute_dtype, kind, plan, weight.dim(),
+        weight.numel() == scores.numel(), name or _forced.get(),
+    )  # fmt: skip
 
 
 def describe(call: Call, name: str | None = None) -> str:

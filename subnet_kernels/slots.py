@@ -1,8 +1,8 @@
 """Slots: who owns an effective weight that outlives one call, and how staleness is noticed.
 
 A masked layer owns one :class:`Slot`: persistent buffers for its effective weight and penalty, and a key that says of
-which weight, scores, beta, kind and dtype they were made. Each use compares the key and refreshes if it differs, so that
-several uses between two optimizer steps (gradient accumulation, shared layers) cost one masking pass.
+which weight, scores, beta, kind and dtype they were made. Each use compares the key and refreshes if it differs, so
+that several uses between two optimizer steps (gradient accumulation, shared layers) cost one masking pass.
 
 The key holds memory addresses and version counters. Both can be fooled (a write through ``.data`` bumps nothing; a deep
 copy starts at version 0), therefore every optimizer step clears all slots unless the optimizer wrote them itself, a
@@ -43,7 +43,7 @@ def _register_hook_once() -> None:
 
 
 class Slot:
-    """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one masked weight."""
+    """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
     __slots__ = ("__weakref__", "_key", "penalty", "w_eff")
 
@@ -83,11 +83,13 @@ class Slot:
         In inference mode a stale slot is left alone and a temporary pair is returned: inference tensors can't be saved
         for a later backward pass.
         """
-        key = self._key_of(weight, scores, beta, kind, dtype) if not _is_unversioned(weight, scores, beta) else None
-        if key is not None and key == self._key:
+        if weight.is_inference() or scores.is_inference() or beta.is_inference():  # no version counter to key on
+            return backend.effective_weight(weight, scores, beta, kind, dtype)
+        key = self._key_of(weight, scores, beta, kind, dtype)
+        if key == self._key:
             assert self.w_eff is not None and self.penalty is not None
             return self.w_eff, self.penalty
-        if key is None or torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             return backend.effective_weight(weight, scores, beta, kind, dtype)
         self._key = None
         w_eff, penalty = backend.effective_weight(weight, scores, beta, kind, dtype, self.buffers(weight, beta, dtype))
@@ -95,7 +97,7 @@ class Slot:
         return w_eff, penalty
 
     def buffers(self, weight: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The buffers to write: the ones kept, or new ones where they do not fit or a pending backward pass holds them."""
+        """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""
         kept = self.w_eff
         fits = (
             kept is not None and kept.dtype == dtype and kept.shape == weight.shape
@@ -124,10 +126,5 @@ class Slot:
         return torch.equal(_bits(now), _bits(self.w_eff))
 
 
-def _is_unversioned(*tensors: Tensor) -> bool:
-    """Inference tensors have no version counter, so nothing can be keyed on them."""
-    return any(tensor.is_inference() for tensor in tensors)
-
-
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32 if tensor.element_size() == 4 else torch.int64)
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

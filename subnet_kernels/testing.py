@@ -159,8 +159,8 @@ def error_bound(eager_error: float, absolute_result: Tensor, dtype: torch.dtype,
 
 
 def worst_errors(case: Case, op: Callable[[Case], tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """For every result of ``op``: its largest error as a multiple of the allowed one; above 1 it is wrong. A NaN, a wrong
-    shape or a wrong dtype counts as infinite."""
+    """For every result of ``op``: its largest error as a multiple of the allowed one; above 1 it is wrong. A NaN, a
+    wrong shape or a wrong dtype counts as infinite."""
     true, eager, size, ours = truth(case), run(case, plain), absolute(case), run(case, op)
     worst = {}
     for name, value in ours.items():

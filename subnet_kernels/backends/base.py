@@ -40,8 +40,7 @@ class ConvArgs:
     groups: int
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients the caller wants."""
 
     x: bool
@@ -64,7 +63,7 @@ class Backend:
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(weight * m in ``dtype`` with weight's strides, sum of m over weights as a 0-d tensor); into ``out`` if given."""
+        """(weight * m in ``dtype`` with weight's strides, sum of m over weights, 0-d); into ``out`` if given."""
         raise NotImplementedError
 
     def effective_weights(
@@ -112,13 +111,15 @@ class Backend:
         """Gradients (x, weight, scores, bias); None for what is not needed or has no gradient."""
         grad_x = grad_bias = grad_w_eff = None
         if grad_out is not None:
-            rows = grad_out.reshape(-1, grad_out.shape[-1])
+            rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
             if needs.x:
                 if w_eff is None:
                     w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
-                grad_x = grad_out.matmul(w_eff)
+                grad_x = rows.mm(w_eff)
+                if x.dim() != 2:
+                    grad_x = grad_x.view(x.shape)
             if needs.weight or (needs.scores and kind.is_trainable):
-                columns = x.reshape(-1, x.shape[-1])
+                columns = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
                 if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
                     grad_w_eff = columns.t().mm(rows).t()
                 else:

@@ -79,19 +79,20 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         if not _is_dense(weight):
             weight = weight.contiguous()
+        op, code = torch.ops.subnet_native.effective_weight.default, _KIND_CODES[kind.name]
         if out is None:
             w_eff, penalty = torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
-        else:
-            w_eff, penalty = out
+            op(weight, scores, beta, code, w_eff, penalty)
+            return w_eff, penalty
+        w_eff, penalty = out
         if w_eff.stride() == weight.stride():
-            torch.ops.subnet_native.effective_weight(weight, scores, beta, _KIND_CODES[kind.name], w_eff, penalty)
+            op(weight, scores, beta, code, w_eff, penalty)
         else:
             dense = torch.empty_like(weight, dtype=dtype)
-            torch.ops.subnet_native.effective_weight(weight, scores, beta, _KIND_CODES[kind.name], dense, penalty)
+            op(weight, scores, beta, code, dense, penalty)
             w_eff.copy_(dense)
-        if out is not None:
-            _bump((w_eff, penalty))
-        return w_eff, penalty
+        _bump((w_eff, penalty))
+        return out
 
     def effective_weights(
         self, weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtypes: list[torch.dtype],
@@ -102,7 +103,8 @@ class NativeBackend(Backend):
         w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
         if out is not None:
             w_effs = [o if o.stride() == w.stride() else w for o, w in zip(out, w_effs, strict=True)]
-        torch.ops.subnet_native.effective_weights(weights, scores, beta, _KIND_CODES[kind.name], w_effs, penalties)
+        op = torch.ops.subnet_native.effective_weights.default
+        op(weights, scores, beta, _KIND_CODES[kind.name], w_effs, penalties)
         if out is not None:
             for given, made in zip(out, w_effs, strict=True):
                 given.copy_(made) if given is not made else _bump(given)
@@ -128,7 +130,7 @@ class NativeBackend(Backend):
         grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
         assert grad_scores is not None
         grad_weight = torch.empty_like(weight) if wants_weight else None
-        torch.ops.subnet_native.grad_scores(
+        torch.ops.subnet_native.grad_scores.default(
             grad_w_eff, grad_penalty, weight, scores, beta, _KIND_CODES[kind.name], grad_scores, grad_weight
         )
         return grad_scores if wants_scores else None, grad_weight
@@ -137,7 +139,7 @@ class NativeBackend(Backend):
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
         kind: MaskKind,
     ) -> None:
-        torch.ops.subnet_native.add_penalty_grad(
+        torch.ops.subnet_native.add_penalty_grad.default(
             grads, scores, weights_per_score, beta, lam, _KIND_CODES[kind.name]
         )
         for grad in grads:

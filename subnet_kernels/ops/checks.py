@@ -57,7 +57,7 @@ def check_beta_value(op: str, beta: float) -> float:
 
 
 def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
-    """The scores' contract: same number of dimensions as weight, each size divides weight's, fp32 (fp64 beside fp64)."""
+    """The scores' contract: weight's number of dimensions, each size divides weight's, fp32 (fp64 beside fp64)."""
     check_tensor(op, "weight", weight)
     check_tensor(op, "scores", scores)
     check_float_dtype(op, "weight", weight)

@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends.base import Call
-from ..dispatch import BackendRefused, choose, forced_backend
+from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
 from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
 from . import checks
 from .registry import register_op
-
-
-def call_of(
-    op: str, weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, plan: str | None = None
-) -> Call:
-    """The facts of one call, for dispatch."""
-    return Call(
-        op, weight.device.type, weight.dtype, dtype, kind, plan, weight.dim(), weight.shape == scores.shape
-    )
 
 
 def is_transformed(op: str, backend: str | None = None) -> bool:
@@ -64,7 +54,7 @@ def some(tensor: Tensor, wanted: bool) -> Tensor | None:
 class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> Any:
-        backend = choose(call_of("effective_weight", weight, scores, kind.name, dtype))
+        backend = choose_for("effective_weight", weight, scores, kind.name, dtype)
         ctx.backend, ctx.kind = backend, kind
         ctx.save_for_backward(weight, scores, beta)
         ctx.set_materialize_grads(False)
@@ -88,7 +78,7 @@ def _implementation(
     weight: Tensor, scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None,
     dtype: torch.dtype, backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = choose(call_of("effective_weight", weight, scores, kind, dtype), backend)
+    chosen = choose_for("effective_weight", weight, scores, kind, dtype, None, backend)
     return chosen.effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
 
 
@@ -101,7 +91,7 @@ def _backward_implementation(
     params: list[float], key: Tensor | None, backend: str | None, needs_scores: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = weight.dtype if grad_w_eff is None else grad_w_eff.dtype
-    chosen = choose(call_of("effective_weight", weight, scores, kind, dtype), backend)
+    chosen = choose_for("effective_weight", weight, scores, kind, dtype, None, backend)
     grad_scores, grad_weight = chosen.grad_scores(
         grad_w_eff, grad_penalty, weight, scores, beta, as_kind(kind, params), needs_scores, needs_weight
     )
@@ -164,10 +154,10 @@ def effective_weight(
     weight: Tensor, scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoid",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(w_eff, penalty)`` with ``w_eff = (weight.float() * sigmoid(beta*scores)).to(dtype)`` and ``penalty = mask.sum()``.
+    """``(w_eff, penalty)``: ``w_eff = (weight.float() * sigmoid(beta*scores)).to(dtype)`` and ``penalty = mask.sum()``.
 
-    The PyTorch lines it equals: ``m = torch.sigmoid(beta * scores); w_eff = weight * m; penalty = m.sum()``, in one pass
-    over memory.
+    The PyTorch lines it equals: ``m = torch.sigmoid(beta * scores); w_eff = weight * m; penalty = m.sum()``, in one
+    pass over memory.
 
     Args:
         weight: fp32, bf16, fp16 or fp64, of any shape with 1 to 4 dimensions (more on the reference backend). A dense
@@ -213,7 +203,7 @@ def effective_weights(
     weights: Sequence[Tensor], scores: Sequence[Tensor], beta: Tensor | float, *, kind: str | MaskKind = "sigmoid",
     dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """``([w_eff of each], penalty of all)``: :func:`effective_weight` for a whole model in one call (one launch on a GPU).
+    """``([w_eff of each], penalty of all)``: :func:`effective_weight` for a whole model in one call.
 
     Args:
         weights, scores: equally long lists; each pair as in effective_weight, all on one device.
@@ -253,9 +243,8 @@ def effective_weights_raw(
     weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtype: torch.dtype,
     out: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Without checks or autograd: (list of w_eff, penalties [L]); into ``out`` if given. All of one dtype and device."""
+    """Without checks or autograd: (list of w_eff, penalties [L]); into ``out`` if given. One dtype and device."""
     op = "effective_weights"
-    calls = {call_of(op, w, s, kind.name, dtype) for w, s in zip(weights, scores, strict=True)}
-    backends = {choose(call) for call in calls}
-    backend = backends.pop() if len(backends) == 1 else choose(next(iter(calls)), "reference")
+    backends = {choose_for(op, w, s, kind.name, dtype) for w, s in zip(weights, scores, strict=True)}
+    backend = backends.pop() if len(backends) == 1 else BACKENDS["reference"]
     return backend.effective_weights(weights, scores, beta, kind, [dtype] * len(weights), out)

@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, ConvArgs, Needs
-from ..dispatch import choose
+from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from . import checks
 from .effective_weight import (
-    call_of,
     is_transformed,
     no_gradient,
     plain_effective_weight,
@@ -47,8 +46,9 @@ class _MaskedConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
         settings: Settings,
     ) -> Any:
-        backend = choose(call_of("masked_conv2d", weight, scores, settings.kind.name, x.dtype, settings.plan),
-                         settings.backend)  # fmt: skip
+        backend = choose_for(
+            "masked_conv2d", weight, scores, settings.kind.name, x.dtype, settings.plan, settings.backend
+        )
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, args, settings)
         ctx.backend, ctx.kind, ctx.args = backend, settings.kind, args
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
@@ -97,7 +97,7 @@ def _implementation(
     padding: list[int], dilation: list[int], groups: int, kind: str, params: list[float], key: Tensor | None,
     plan: str | None, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = choose(call_of("masked_conv2d", weight, scores, kind, x.dtype, plan), backend)
+    chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, plan, backend)
     args = _args(stride, padding, dilation, groups)
     out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, as_kind(kind, params), plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
@@ -116,7 +116,7 @@ def _backward_implementation(
     w_eff: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int, kind: str,
     params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose(call_of("masked_conv2d", weight, scores, kind, x.dtype), backend)
+    chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, None, backend)
     grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_conv2d_backward(
         grad_out, grad_penalty, x, weight, scores, beta, w_eff, _args(stride, padding, dilation, groups),
         as_kind(kind, params), Needs(*needs),
@@ -201,7 +201,7 @@ def resolve_conv_args(
     """(x, padded where "same" is lopsided, and the geometry in pairs); as F.conv2d resolves them."""
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"masked_conv2d: groups must divide weight's {weight.shape[0]} output channels, got {groups!r}")
+        raise ValueError(f"masked_conv2d: groups must divide the {weight.shape[0]} output channels, got {groups!r}")
     if isinstance(padding, str) and padding not in ("same", "valid"):
         raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
     if padding == "valid":

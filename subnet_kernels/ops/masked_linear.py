@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, Needs
-from ..dispatch import choose
+from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from ..slots import Slot
 from . import checks
 from .effective_weight import (
-    call_of,
     is_transformed,
     no_gradient,
     plain_effective_weight,
@@ -53,8 +52,9 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
     ) -> Any:
-        backend = choose(call_of("masked_linear", weight, scores, settings.kind.name, x.dtype, settings.plan),
-                         settings.backend)  # fmt: skip
+        backend = choose_for(
+            "masked_linear", weight, scores, settings.kind.name, x.dtype, settings.plan, settings.backend
+        )
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, settings)
         ctx.backend, ctx.kind = backend, settings.kind
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
@@ -97,7 +97,7 @@ def _implementation(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: str, params: list[float],
     key: Tensor | None, plan: str | None, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = choose(call_of("masked_linear", weight, scores, kind, x.dtype, plan), backend)
+    chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend)
     out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, as_kind(kind, params), plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
@@ -111,7 +111,7 @@ def _backward_implementation(
     grad_out: Tensor, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor,
     w_eff: Tensor | None, kind: str, params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose(call_of("masked_linear", weight, scores, kind, x.dtype), backend)
+    chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, None, backend)
     grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_linear_backward(
         grad_out, grad_penalty, x, weight, scores, beta, w_eff, as_kind(kind, params), Needs(*needs)
     )
@@ -214,8 +214,8 @@ def masked_linear(
         backend: the name of one, or None: use_backend's, else the best that does not refuse.
 
     Returns:
-        out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask over
-        weights. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
+        out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask
+        over weights. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
         Gradients reach x, scores, bias and weight where they require grad; not beta. Double backward raises.
 
     Raises:
