@@ -134,7 +134,10 @@ KERNEL_CASES = [
     for dtype in DTYPES
 ] + [KernelCase(op, ((3072, 768),), "fp32") for op in ("mask", "add_penalty_grad", "pack_mask", "unpack_mask")]
 OVERHEAD_CASES = [LayerCase((8, 8), (8, 8), "fp32")]
-QUICK = ("linear_512x128_m256", "conv_256x64x1x1", "_512x128_", "arithmetic_gpt2", "pack_mask", "8x8_m8")
+QUICK = (
+    "linear_512x128_m256", "conv_256x64x1x1", "weight_512x128", "scores_512x128", "arithmetic_gpt2", "pack_mask",
+    "8x8_m8",
+)  # fmt: skip
 
 
 def select(cases: list[Any], shapes: list[str] | None, quick: bool) -> list[Any]:

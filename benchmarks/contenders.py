@@ -177,6 +177,7 @@ class Ours(Contender):
             self.layer = MaskedConv2d.from_conv2d(plain, score_init=self.case.scores)
         self.masks = masks_of(self.layer)
         self.masks.beta = self.case.beta
+        self.beta = self.layer.beta
         return self.layer.scores
 
     def forward(self) -> tuple[Tensor, Tensor]:
