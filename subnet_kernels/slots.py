@@ -11,6 +11,8 @@ copied or unpickled slot is empty, layers clear theirs where tensors are replace
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -18,10 +20,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .backends.base import Backend
+from .dispatch import forced_backend
 from .masks import MaskKind
 
 _generation = 0  # part of every key; raised to clear all slots at once
 _is_hook_registered = False
+_numbers = itertools.count()
+_slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+
+
+def slot_of(number: int) -> Slot | None:
+    """The living slot of that number."""
+    return _slots.get(number)
 
 
 def clear_all_slots() -> None:
@@ -45,13 +55,15 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
-    __slots__ = ("__weakref__", "_key", "penalty", "w_eff")
+    __slots__ = ("__weakref__", "_key", "number", "penalty", "w_eff")
 
     def __init__(self) -> None:
         _register_hook_once()
         self.w_eff: Tensor | None = None
         self.penalty: Tensor | None = None
         self._key: tuple[Any, ...] | None = None
+        self.number = next(_numbers)  # names the slot inside a compiled graph
+        _slots[self.number] = self
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()  # a copy, and what is read back from a file, is empty
@@ -67,7 +79,7 @@ class Slot:
     @staticmethod
     def _key_of(weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> tuple[Any, ...]:
         return (
-            _generation, weight.data_ptr(), weight._version, scores.data_ptr(), scores._version,
+            _generation, forced_backend(), weight.data_ptr(), weight._version, scores.data_ptr(), scores._version,
             beta.data_ptr(), beta._version, kind, dtype, weight.stride(),
         )  # fmt: skip
 

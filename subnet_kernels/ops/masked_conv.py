@@ -19,7 +19,8 @@ from .effective_weight import (
     plain_effective_weight,
     some,
 )
-from .masked_linear import Settings
+from .masked_linear import Settings, kept_effective_weight
+from .refresh import refresh_in_graph
 from .registry import register_op
 
 IntOrPair = int | tuple[int, int] | list[int]
@@ -72,10 +73,11 @@ def run_masked_conv2d(
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
     if torch.compiler.is_compiling():
-        kind = settings.kind
+        kind, plan, backend, slot, _ = settings
+        kept = refresh_in_graph(None if plan == "fused" else slot, weight, scores, beta, kind, x.dtype)
         out, penalty, _ = _op(
             x, weight, scores, beta, bias, args.stride, args.padding, args.dilation, args.groups, kind.name,
-            kind.params(), None, settings.plan, settings.backend,
+            kind.params(), None, plan, backend, *kept,
         )
         return (out, penalty) if settings.wants_penalty else out
     if is_transformed("masked_conv2d", settings.backend):
@@ -95,8 +97,11 @@ def _args(stride: list[int], padding: list[int], dilation: list[int], groups: in
 def _implementation(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, kind: str, params: list[float], key: Tensor | None,
-    plan: str | None, backend: str | None,
+    plan: str | None, backend: str | None, w_eff: Tensor | None = None, penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if w_eff is not None and penalty is not None:
+        out = F.conv2d(x, w_eff, bias, stride, padding, dilation, groups)
+        return out, penalty.clone(), no_gradient(weight)
     chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, plan, backend)
     args = _args(stride, padding, dilation, groups)
     out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, as_kind(kind, params), plan)
@@ -104,11 +109,13 @@ def _implementation(
 
 
 def _fake(
-    x, weight, scores, beta, bias, stride, padding, dilation, groups, kind, params, key, plan, backend
+    x, weight, scores, beta, bias, stride, padding, dilation, groups, kind, params, key, plan, backend, w_eff=None,
+    penalty=None,
 ):
-    w_eff = torch.empty_like(weight, dtype=x.dtype)
-    out = F.conv2d(x, w_eff, bias, stride, padding, dilation, groups)
-    return torch.empty_like(out), torch.empty_like(beta), no_gradient(weight) if plan == "fused" else w_eff
+    made = torch.empty_like(weight, dtype=x.dtype)
+    out = F.conv2d(x, made, bias, stride, padding, dilation, groups)
+    keeps_none = plan == "fused" or w_eff is not None
+    return torch.empty_like(out), torch.empty_like(beta), no_gradient(weight) if keeps_none else made
 
 
 def _backward_implementation(
@@ -142,8 +149,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, scores, beta, _bias, stride, padding, dilation, groups, kind, params, key, plan, backend = inputs
-    ctx.save_for_backward(x, weight, scores, beta, None if plan == "fused" else output[2], key)
+    x, weight, scores, beta, _, stride, padding, dilation, groups, kind, params, key, plan, backend, given, _ = inputs
+    ctx.save_for_backward(x, weight, scores, beta, kept_effective_weight(plan, given, output[2]), key)
     ctx.rest = stride, padding, dilation, groups, kind, params, backend
     ctx.out_shape = output[0].shape
     ctx.set_materialize_grads(False)
@@ -154,7 +161,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, _g
     stride, padding, dilation, groups, kind, params, backend = ctx.rest
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     if grad_out is None and grad_penalty is None:
-        return (None,) * 14
+        return (None,) * 16
     if grad_out is None:
         grad_out = x.new_zeros(ctx.out_shape)
     gradients = _backward_op(
@@ -162,7 +169,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, _g
         backend, needs,
     )
     grad_x, grad_weight, grad_scores, grad_bias = (some(g, n) for g, n in zip(gradients, needs, strict=True))
-    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 9
+    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 11
 
 
 _backward_op = register_op(
@@ -176,8 +183,8 @@ _backward_op = register_op(
 _op = register_op(
     "masked_conv2d",
     "(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, SymInt groups, str kind, float[] params, Tensor? key, str? plan, str? backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "SymInt[] dilation, SymInt groups, str kind, float[] params, Tensor? key, str? plan, str? backend, "
+    "Tensor? w_eff, Tensor? penalty) -> (Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
     _backward,

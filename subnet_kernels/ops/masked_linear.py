@@ -20,6 +20,7 @@ from .effective_weight import (
     plain_effective_weight,
     some,
 )
+from .refresh import refresh_in_graph
 from .registry import register_op
 
 
@@ -78,9 +79,10 @@ def run_masked_linear(
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
     if torch.compiler.is_compiling():
-        kind = settings.kind
+        kind, plan, backend, slot, _ = settings
+        kept = refresh_in_graph(None if plan == "fused" else slot, weight, scores, beta, kind, x.dtype)
         out, penalty, _ = _op(
-            x, weight, scores, beta, bias, kind.name, kind.params(), None, settings.plan, settings.backend
+            x, weight, scores, beta, bias, kind.name, kind.params(), None, plan, backend, *kept
         )
         return (out, penalty) if settings.wants_penalty else out
     if is_transformed("masked_linear", settings.backend):
@@ -95,16 +97,25 @@ def run_masked_linear(
 
 def _implementation(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: str, params: list[float],
-    key: Tensor | None, plan: str | None, backend: str | None,
+    key: Tensor | None, plan: str | None, backend: str | None, w_eff: Tensor | None = None,
+    penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if w_eff is not None and penalty is not None:
+        return F.linear(x, w_eff, bias), penalty.clone(), no_gradient(weight)
     chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend)
     out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, as_kind(kind, params), plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 
-def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend):
-    w_eff = no_gradient(weight) if plan == "fused" else torch.empty_like(weight, dtype=x.dtype)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta), w_eff
+def kept_effective_weight(plan: str | None, given: Tensor | None, made: Tensor) -> Tensor | None:
+    """What the backward pass is given: the slot's effective weight, the one just made, or none."""
+    return None if plan == "fused" else made if given is None else given
+
+
+def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend, w_eff=None, penalty=None):
+    keeps_none = plan == "fused" or w_eff is not None
+    made = no_gradient(weight) if keeps_none else torch.empty_like(weight, dtype=x.dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta), made
 
 
 def _backward_implementation(
@@ -135,8 +146,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, scores, beta, _bias, kind, params, key, plan, backend = inputs
-    ctx.save_for_backward(x, weight, scores, beta, None if plan == "fused" else output[2], key)
+    x, weight, scores, beta, _bias, kind, params, key, plan, backend, given, _ = inputs
+    ctx.save_for_backward(x, weight, scores, beta, kept_effective_weight(plan, given, output[2]), key)
     ctx.rest = kind, params, backend
     ctx.set_materialize_grads(False)
 
@@ -146,14 +157,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, _g
     kind, params, backend = ctx.rest
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     if grad_out is None and grad_penalty is None:
-        return (None,) * 10
+        return (None,) * 12
     if grad_out is None:
         grad_out = x.new_zeros(*x.shape[:-1], weight.shape[0])
     gradients = _backward_op(
         grad_out, grad_penalty, x, weight, scores, beta, w_eff, kind, params, key, backend, needs
     )
     grad_x, grad_weight, grad_scores, grad_bias = (some(g, n) for g, n in zip(gradients, needs, strict=True))
-    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 5
+    return grad_x, grad_weight, grad_scores, None, grad_bias, *(None,) * 7
 
 
 _backward_op = register_op(
@@ -166,7 +177,7 @@ _backward_op = register_op(
 _op = register_op(
     "masked_linear",
     "(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, str kind, float[] params, Tensor? key, "
-    "str? plan, str? backend) -> (Tensor, Tensor, Tensor)",
+    "str? plan, str? backend, Tensor? w_eff, Tensor? penalty) -> (Tensor, Tensor, Tensor)",
     _implementation,
     _fake,
     _backward,

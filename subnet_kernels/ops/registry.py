@@ -18,19 +18,22 @@ def register_op(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    is_mutating: bool = False,
 ) -> Callable[..., Any]:
     """Define ``subnet_kernels::name`` with ``schema`` ("(Tensor x, ...) -> Tensor") and return the callable op.
 
     The implementation serves every device: it chooses the backend itself. An op without ``backward`` refuses to be
-    differentiated, in words, instead of giving a silently wrong gradient.
+    differentiated, in words, instead of giving a silently wrong gradient; one that writes its arguments
+    (``is_mutating``) must be given tensors that need no gradient.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(
-        qualified, backward or _refuse_backward(name), setup_context=setup_context, lib=_library
-    )
+    if not is_mutating:
+        torch.library.register_autograd(
+            qualified, backward or _refuse_backward(name), setup_context=setup_context, lib=_library
+        )
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

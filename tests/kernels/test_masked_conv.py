@@ -95,7 +95,7 @@ def test_opcheck(plan):
     case = conv_case((2, 2, 5, 4), (4, 2, 3, 2), groups=1)
     x, w, s, b = (t.requires_grad_() for t in (case.x, case.weight, case.scores, case.bias))
     geometry = ([1, 1], [1, 1], [1, 1], 1)
-    args = (x, w, s, torch.tensor(1.5), b, *geometry, "sigmoid", [], None, plan, None)
+    args = (x, w, s, torch.tensor(1.5), b, *geometry, "sigmoid", [], None, plan, None, None, None)
     torch.library.opcheck(torch.ops.subnet_kernels.masked_conv2d.default, args)
     x, w, s = x.detach(), w.detach(), s.detach()
     grad_out = torch.randn_like(F.conv2d(x, w, None, *geometry))

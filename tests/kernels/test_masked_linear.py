@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import subnet_kernels as sk
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from subnet_kernels.testing import Case, linear_case, ours, worst_errors
 
@@ -179,7 +180,7 @@ def test_opcheck(kind, plan, dtype):
     x, w, s, b = (t.requires_grad_() for t in (case.x, case.weight, case.scores, case.bias))
     beta = torch.tensor(1.5, dtype=s.dtype)
     torch.library.opcheck(
-        torch.ops.subnet_kernels.masked_linear.default, (x, w, s, beta, b, kind, [], None, plan, None)
+        torch.ops.subnet_kernels.masked_linear.default, (x, w, s, beta, b, kind, [], None, plan, None, None, None)
     )
     with torch.no_grad():
         args = (torch.randn(3, 4, dtype=dtype), torch.ones((), dtype=s.dtype), x, w, s, beta, None, kind, [], None, None)
@@ -195,7 +196,7 @@ def test_double_backward_raises_eagerly_and_through_the_registered_op():
     (grad,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         grad.sum().backward()
-    args = (x, w, s, torch.tensor(1.0), None, "sigmoid", [], None, None, None)
+    args = (x, w, s, torch.tensor(1.0), None, "sigmoid", [], None, None, None, None, None)
     out = torch.ops.subnet_kernels.masked_linear(*args)[0]
     (grad,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -295,3 +296,19 @@ def test_use_backend_forces_its_backend_and_explain_says_so():
     assert "backend reference, plan fused" in told and "cpu: refused: plan 'fused'" in told
     with pytest.raises(ValueError, match="backend must be one of"), sk.use_backend("tpu"):
         pass
+
+
+def test_the_refresh_op_writes_only_what_is_stale_and_passes_opcheck():
+    w, s, beta = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(2.0)
+    slot = sk.Slot()
+    w_eff, penalty = slot.buffers(w, beta, torch.float32)
+    args = (w, s, beta, "sigmoid", [], slot.number, w_eff, penalty)
+    torch.ops.subnet_kernels.refresh_effective_weight(*args)
+    assert torch.equal(w_eff, sk.effective_weight(w, s, 2.0)[0])
+    w_eff.zero_()  # behind the slot's back: a fresh slot is not written again
+    torch.ops.subnet_kernels.refresh_effective_weight(*args)
+    assert not w_eff.any()
+    beta.fill_(3.0)
+    torch.ops.subnet_kernels.refresh_effective_weight(*args)
+    assert torch.equal(w_eff, sk.effective_weight(w, s, 3.0)[0])
+    torch.library.opcheck(torch.ops.subnet_kernels.refresh_effective_weight.default, args)

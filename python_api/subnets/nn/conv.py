@@ -81,8 +81,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if beta.dtype != scores.dtype:
             beta = beta.to(scores.dtype)
         collects = self._collects()
-        slot = None if torch.compiler.is_compiling() else self._slot
-        settings = Settings(self.current_kind, self.plan, None, slot, collects)
+        settings = Settings(self.current_kind, self.plan, None, self._slot, collects)
         out = run_masked_conv2d(x, weight, scores, beta, bias, args, settings)
         if collects:
             out, penalty = out

@@ -85,7 +85,7 @@ def masked_linear_of(layer: MaskedLayer, x: Tensor, weight: Tensor, scores: Tens
     beta = layer._state.beta
     if beta.dtype != scores.dtype:
         beta = beta.to(scores.dtype)
-    slot = None if torch.compiler.is_compiling() else layer._slot
+    slot = layer._slot
     if not layer._collects():
         return run_masked_linear(
             x, weight, scores, beta, bias, Settings(layer.current_kind, layer.plan, None, slot, False)
