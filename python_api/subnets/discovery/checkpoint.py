@@ -63,7 +63,7 @@ def save(
         "format": FORMAT, "identity": identity, "beta": masks.beta, "steps": steps,
         "history": progress.history, "best": progress.best,
     }  # fmt: skip
-    text = json.dumps(state, allow_nan=False, sort_keys=True)
+    text = json.dumps(state, allow_nan=False)
     save_tensors(path, tensors, {"state": text, "checksum": _checksum(text, tensors)})
 
 
