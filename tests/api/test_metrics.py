@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from subnets.metrics import shape_bias
 
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
 from subnets.subnet import Subnet
+from torch import nn
 
 
 def subnet_of(rows: dict[str, list], **kwargs) -> Subnet:

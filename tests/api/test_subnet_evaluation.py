@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from subnets.evaluation import evaluate_subnet
 from subnets.subnet import Subnet
+from torch import nn
 
 
 def make() -> tuple[nn.Linear, Subnet]:

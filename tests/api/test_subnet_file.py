@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
-
 from subnets import subnet_file
 from subnets.subnet import Subnet
 from subnets.subnet_file import weights_hash
+from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from subnets.subnet import Subnet
 from subnets.transfer import anchor as anchors
 from subnets.transfer import release, transfer
+from torch import nn
 
 
 def make_net(seed: int) -> nn.Sequential:

@@ -6,12 +6,11 @@ import io
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import optimizer as torch_optimizer
-
 from subnets.subnet import Subnet
 from subnets.transfer import anchor as anchors
 from subnets.transfer import release, transfer
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 
 def make_net(seed: int) -> nn.Sequential:
