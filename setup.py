@@ -90,17 +90,16 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         torch_spec, cxx = find_spec("torch"), find_compiler()
-        missing = (
-            "PyTorch is not installed here" if torch_spec is None else "no C++ compiler was found" if not cxx else ""
-        )
+        missing = "PyTorch is not installed here" if not torch_spec else "no C++ compiler was found" if not cxx else ""
         if not missing:
             try:
                 return self.compile(ext, cxx, Path(torch_spec.origin).parent)
             except (OSError, subprocess.CalledProcessError) as error:
-                if self.inplace and not getattr(self, "editable_mode", False):
-                    raise  # `setup.py build_ext --inplace` asks for the extension and nothing else
                 missing = f"the compiler failed ({error})"
-        print(f"subnet-kernels: built without the extension, because {missing}.", file=sys.stderr)
+        message = f"subnet-kernels: built without the extension, because {missing}."
+        if self.inplace and not getattr(self, "editable_mode", False):
+            sys.exit(message)  # `setup.py build_ext --inplace` asks for the extension and nothing else
+        print(message, file=sys.stderr)
 
     def compile(self, ext: Extension, cxx: list[str], torch_dir: Path) -> None:
         nvcc = find_nvcc()
