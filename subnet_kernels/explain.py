@@ -50,5 +50,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     )  # fmt: skip
     note = ""
     if weight.shape == scores.shape and weight.stride() != scores.stride():
-        note = "\n  note: scores have other strides than weight and are read with strides, slower; give them weight's"
+        note = "\n  note: scores have other strides than weight and are copied at every call; give them weight's"
     return describe(call, kwargs.get("backend")) + note

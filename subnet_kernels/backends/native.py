@@ -41,6 +41,14 @@ def _with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
 
 
+def _aligned(weight: Tensor, scores: Tensor) -> Tensor:
+    """Scores of weight's shape in weight's strides: the kernels then make one flat pass; strided reads cost many times more
+    than the copy."""
+    if scores.stride() == weight.stride() or scores.shape != weight.shape:
+        return scores
+    return torch.empty_like(weight, dtype=scores.dtype, requires_grad=False).copy_(scores.detach())
+
+
 def _is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(weight)
 
@@ -79,6 +87,7 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         if not _is_dense(weight):
             weight = weight.contiguous()
+        scores = _aligned(weight, scores)
         op, code = torch.ops.subnet_native.effective_weight.default, _KIND_CODES[kind.name]
         if out is None:
             w_eff, penalty = torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
@@ -99,6 +108,7 @@ class NativeBackend(Backend):
         out: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         weights = [w if _is_dense(w) else w.contiguous() for w in weights]
+        scores = [_aligned(w, s) for w, s in zip(weights, scores, strict=True)]
         penalties = torch.empty(len(weights), dtype=torch.float32, device=beta.device)
         w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
         if out is not None:
@@ -123,6 +133,7 @@ class NativeBackend(Backend):
             weight = weight.contiguous()
         if grad_w_eff is not None:
             grad_w_eff = _with_strides_of(weight, grad_w_eff)
+        given, scores = scores, _aligned(weight, scores)
         can_reuse = (
             may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == torch.float32
             and grad_w_eff.shape == scores.shape and grad_w_eff.stride() == scores.stride()
@@ -133,6 +144,8 @@ class NativeBackend(Backend):
         torch.ops.subnet_native.grad_scores.default(
             grad_w_eff, grad_penalty, weight, scores, beta, _KIND_CODES[kind.name], grad_scores, grad_weight
         )
+        if wants_scores and given is not scores:  # back to the strides that the caller's scores have
+            grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
 
     def add_penalty_grad_(

@@ -117,6 +117,19 @@ def test_non_contiguous_inputs_give_the_result_of_contiguous_ones():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("is_weight_transposed", [False, True])
+def test_scores_of_other_strides_than_weight_give_the_same_and_a_gradient_in_their_own(backend, is_weight_transposed):
+    case = linear_case(5, 12, 20, is_transposed=is_weight_transposed)
+    other = case.scores.t().contiguous().t() if not is_weight_transposed else case.scores.contiguous()
+    leaves = [s.clone(memory_format=torch.preserve_format).requires_grad_() for s in (case.scores, other)]
+    results = [sk.masked_linear(case.x, case.weight, s, 3.0, backend=backend) for s in leaves]
+    assert torch.equal(results[0][0], results[1][0])
+    for out, penalty in results:
+        (out.sum() + penalty).backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad) and leaves[1].grad.stride() == leaves[1].stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_repeated_calls_are_bit_identical(backend):
     case = linear_case(65, 130, 257, torch.bfloat16)
     first = None
@@ -292,6 +305,7 @@ def test_use_backend_forces_its_backend_and_explain_says_so():
             "masked_linear on cpu: backend reference, plan cached"
         )
     assert "backend cpu" in sk.explain("masked_linear", X, W, S, 1.0)
+    assert "copied at every call" in sk.explain("masked_linear", X, W, S.t().contiguous().t(), 1.0)
     told = sk.explain("masked_linear", X, W, S, 1.0, plan="fused")
     assert "backend reference, plan fused" in told and "cpu: refused: plan 'fused'" in told
     with pytest.raises(ValueError, match="backend must be one of"), sk.use_backend("tpu"):
