@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from subnet_kernels.backends import native
 
 
@@ -25,7 +26,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    usable = {"reference": True, "cpu": native.is_available(), "cuda": torch.cuda.is_available() and native.has_cuda_kernels()}
+    has_cuda = torch.cuda.is_available() and native.has_cuda_kernels()
+    usable = {"reference": True, "cpu": native.is_available(), "cuda": has_cuda}
     for name in config.getoption("--require-backend"):
         if not usable.get(name, False):
             raise pytest.UsageError(f"--require-backend {name}: this machine can't run it")

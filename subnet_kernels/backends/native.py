@@ -42,8 +42,8 @@ def _with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def _aligned(weight: Tensor, scores: Tensor) -> Tensor:
-    """Scores of weight's shape in weight's strides: the kernels then make one flat pass; strided reads cost many times more
-    than the copy."""
+    """Scores of weight's shape in weight's strides: the kernels then make one flat pass; strided reads cost many times
+    more than the copy."""
     if scores.stride() == weight.stride() or scores.shape != weight.shape:
         return scores
     return torch.empty_like(weight, dtype=scores.dtype, requires_grad=False).copy_(scores.detach())

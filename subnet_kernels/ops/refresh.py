@@ -41,8 +41,8 @@ def refresh_in_graph(
     slot: Slot | None, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """(w_eff, penalty): the slot's buffers, up to date when the graph gets here; or (None, None) where the call must
-    make its own: there is no slot, its buffers do not exist yet or do not fit, or the mask is hard (soft and hard passes
-    must not share a buffer that a backward pass may need)."""
+    make its own: there is no slot, its buffers do not exist yet or do not fit, or the mask is hard (soft and hard
+    passes must not share a buffer that a backward pass may need)."""
     if slot is None or not kind.is_trainable:
         return None, None
     w_eff, penalty = slot.w_eff, slot.penalty

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import subnet_kernels as sk
 import torch
+
+import subnet_kernels as sk
 from subnet_kernels.backends.base import Call
 from subnet_kernels.dispatch import BACKENDS, choose
 from subnet_kernels.masks import Hard, Sigmoid, as_kind, expand_scores, sum_to_scores, weights_per_score
@@ -29,7 +30,8 @@ def test_expanding_scores_and_summing_weights_are_transposes():
     torch.manual_seed(0)
     for shape, scores_shape in [((6, 8), (3, 2)), ((4, 6, 3, 3), (4, 1, 1, 1)), ((5, 7), (5, 7)), ((8,), (2,))]:
         s, w = torch.randn(scores_shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-        assert (expand_scores(s, shape) * w).sum().item() == pytest.approx((s * sum_to_scores(w, scores_shape)).sum().item())
+        summed = (s * sum_to_scores(w, scores_shape)).sum().item()
+        assert (expand_scores(s, shape) * w).sum().item() == pytest.approx(summed)
         assert weights_per_score(shape, scores_shape) == w.numel() // s.numel()
     assert expand_scores(torch.tensor([[1.0, 2.0]]), (2, 4)).tolist() == [[1, 1, 2, 2]] * 2
 

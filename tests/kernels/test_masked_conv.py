@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import subnet_kernels as sk
 import torch
 import torch.nn.functional as F
+
+import subnet_kernels as sk
 from subnet_kernels.testing import conv_case, ours, worst_errors
 
 BACKENDS = [("reference", "cached"), ("reference", "fused"), ("cpu", "cached"), (None, None)]
 
-# (x, weight, geometry). torch 2.13.0 corrupts the heap in the fp32 backward pass of F.conv2d itself for some small lopsided
-# configurations in channels_last, so channels_last is compared on symmetric ones only.
+# (x, weight, geometry). torch 2.13.0 corrupts the heap in the fp32 backward pass of F.conv2d itself for some small
+# lopsided configurations in channels_last, so channels_last is compared on symmetric ones only.
 GEOMETRIES = [
     ((2, 3, 8, 8), (4, 3, 3, 3), {}),
     ((1, 1, 1, 1), (1, 1, 1, 1), {}),
@@ -38,7 +39,9 @@ def test_value_and_every_gradient_are_within_the_error_bound(backend, plan, dtyp
 
 @pytest.mark.parametrize("backend, plan", BACKENDS)
 @pytest.mark.parametrize("is_channels_last", [False, True])
-@pytest.mark.parametrize("scores_shape", [(6, 4, 3, 3), (6, 1, 1, 1), (1, 4, 1, 1), (3, 2, 1, 3), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "scores_shape", [(6, 4, 3, 3), (6, 1, 1, 1), (1, 4, 1, 1), (3, 2, 1, 3), (1, 1, 1, 1)], ids=str
+)
 def test_units_and_channels_last_are_within_the_error_bound(backend, plan, is_channels_last, scores_shape):
     case = conv_case(
         (2, 4, 8, 8), (6, 4, 3, 3), scores_shape=scores_shape, is_channels_last=is_channels_last, padding=1

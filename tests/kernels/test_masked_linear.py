@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import subnet_kernels as sk
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+
+import subnet_kernels as sk
 from subnet_kernels.testing import Case, linear_case, ours, worst_errors
 
 BACKENDS = [("reference", "cached"), ("reference", "fused"), ("cpu", "cached"), (None, None)]
@@ -123,10 +124,11 @@ def test_scores_of_other_strides_than_weight_give_the_same_and_a_gradient_in_the
     other = case.scores.t().contiguous().t() if not is_weight_transposed else case.scores.contiguous()
     leaves = [s.clone(memory_format=torch.preserve_format).requires_grad_() for s in (case.scores, other)]
     results = [sk.masked_linear(case.x, case.weight, s, 3.0, backend=backend) for s in leaves]
-    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     for out, penalty in results:
         (out.sum() + penalty).backward()
-    assert torch.equal(leaves[0].grad, leaves[1].grad) and leaves[1].grad.stride() == leaves[1].stride()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-6, atol=1e-6)
+    assert leaves[1].grad.stride() == leaves[1].stride()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -195,12 +197,10 @@ def test_opcheck(kind, plan, dtype):
     torch.library.opcheck(
         torch.ops.subnet_kernels.masked_linear.default, (x, w, s, beta, b, kind, [], None, plan, None, None, None)
     )
-    with torch.no_grad():
-        args = (torch.randn(3, 4, dtype=dtype), torch.ones((), dtype=s.dtype), x, w, s, beta, None, kind, [], None, None)
-        torch.library.opcheck(
-            torch.ops.subnet_kernels.masked_linear_backward.default, (*(a.detach() if isinstance(a, torch.Tensor) else a
-                                                                       for a in args), [True, True, True, True])
-        )
+    x, w, s = x.detach(), w.detach(), s.detach()
+    upstream = (torch.randn(3, 4, dtype=dtype), torch.ones((), dtype=s.dtype))
+    args = (*upstream, x, w, s, beta, None, kind, [], None, None, [True] * 4)
+    torch.library.opcheck(torch.ops.subnet_kernels.masked_linear_backward.default, args)
 
 
 def test_double_backward_raises_eagerly_and_through_the_registered_op():
@@ -251,7 +251,7 @@ def test_torch_func_grad_and_vmap_over_scores_equal_a_loop():
         leaf = scores.clone().requires_grad_()
         loss(leaf).backward()
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-5)
-    with sk.use_backend("cpu"), pytest.raises(sk.BackendRefused, match="torch.func"):
+    with sk.use_backend("cpu"), pytest.raises(sk.BackendRefused, match=r"torch\.func"):
         torch.func.grad(loss)(many[0])
 
 
@@ -263,7 +263,7 @@ X, W, S, B = torch.randn(3, 6), torch.randn(4, 6), torch.randn(4, 6), torch.rand
 @pytest.mark.parametrize(
     "args, kwargs, error, words",
     [
-        ((X, W, S.t(), 1.0), {}, ValueError, r"scores must have weight's shape \[4, 6\] or sizes that divide it, got \[6, 4\]"),
+        ((X, W, S.t(), 1.0), {}, ValueError, r"weight's shape \[4, 6\] or sizes that divide it, got \[6, 4\]"),
         ((X, W, torch.randn(4, 4), 1.0), {}, ValueError, "sizes that divide it"),
         ((X, W, torch.randn(3, 4, 6), 1.0), {}, NotImplementedError, "leading mask dimension"),
         ((X, W, S.half(), 1.0), {}, TypeError, "scores must be torch.float32"),

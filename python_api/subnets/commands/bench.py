@@ -22,5 +22,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         benchmarks = importlib.import_module("benchmarks.__main__")
     except ImportError as error:
-        raise ValueError(f"the benchmarks folder can't be imported ({error}); run this in the project's source folder") from None
+        raise ValueError(
+            f"the benchmarks folder can't be imported ({error}); run this in the project's source folder"
+        ) from None
     return int(benchmarks.main([word for word in args.arguments if word != "--"]) or 0)

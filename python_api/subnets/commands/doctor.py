@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 
 import torch
+
 from subnet_kernels.backends import native
 from subnet_kernels.backends.base import Call
 from subnet_kernels.dispatch import BACKENDS, choose

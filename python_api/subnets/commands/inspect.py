@@ -16,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print what the file holds; 0."""
     subnet = Subnet.load(args.file)
+    densities = subnet.density(per_layer=True)
     rows = [
-        {"name": name, "shape": list(mask.shape), "kept": int(mask.sum()), "density": int(mask.sum()) / max(1, mask.numel())}
+        {"name": name, "shape": list(mask.shape), "kept": int(mask.sum()), "density": densities[name]}
         for name, mask in subnet.masks.items()
     ]
     total = sum(mask.numel() for mask in subnet.masks.values())
