@@ -36,11 +36,11 @@ def mask_model(
     """Put a mask over ``model``'s layers, in place, freeze everything but the scores, and return the MaskSet.
 
     Args:
-        model: any nn.Module. Modules keep their identity, names, hooks and base state_dict keys; each masked layer gains
-            the parameter ``<layer>.scores``.
+        model: any nn.Module. Modules keep their identity, names, hooks and base state_dict keys; each masked layer
+            gains the parameter ``<layer>.scores``.
         targets: None is every nn.Linear, nn.Conv2d and transformers' Conv1D but the output head
-            (``get_output_embeddings()``) and tied weights. Or "all-linear", "all-conv", a regex for whole module names, a
-            module type, or a list of module or parameter names (whole, or their last parts) and types.
+            (``get_output_embeddings()``) and tied weights. Or "all-linear", "all-conv", a regex for whole module names,
+            a module type, or a list of module or parameter names (whole, or their last parts) and types.
         exclude: of the same forms; wins over targets.
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
@@ -68,7 +68,9 @@ def mask_model(
     if not math.isfinite(score_init):
         raise ValueError(f"mask_model: score_init must be finite, got {score_init}")
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
-        raise ValueError(f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it")
+        raise ValueError(
+            f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it"
+        )
     found = find_targets(model, targets, exclude)
     state = new_state(next(iter(found.values())).weight.device)  # type: ignore[arg-type]
     state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -78,8 +80,9 @@ def mask_model(
             cls = masked_class(module)
             assert cls is not None
             initial = _initial_scores(init, _weight_name(name), module, score_init)
+            where = f"mask_model: {name}"
             converted.append(
-                convert_in_place(module, cls, f"mask_model: {name}", kind=kind, score_init=initial, unit=unit, state=state)
+                convert_in_place(module, cls, where, kind=kind, score_init=initial, unit=unit, state=state)
             )
     except Exception:
         for layer in converted:
@@ -129,8 +132,8 @@ def masks_of(model: nn.Module) -> MaskSet:
 
 
 class MaskSet:
-    """All masks of one model. It holds no state of its own: beta, schedule and hard/soft live with the layers, so that a
-    copied or reloaded model brings them along.
+    """All masks of one model. It holds no state of its own: beta, schedule and hard/soft live with the layers, so that
+    a copied or reloaded model brings them along.
 
     Attributes:
         model: the masked model.   layers: base weight's name ("0.weight") -> masked layer.
@@ -223,8 +226,8 @@ class MaskSet:
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, lam: float = 0.0, in_backward: bool = False,
     ) -> MaskAdamW:
-        """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after each
-        step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
+        """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
+        each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
         self.bind_scores()
         trained = [scores for scores in self.scores().values() if scores.requires_grad]
         optimizer = MaskAdamW(trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward)
@@ -239,7 +242,7 @@ class MaskSet:
 
     @contextlib.contextmanager
     def collect_penalty(self) -> Iterator[Callable[[], Tensor]]:
-        """``with masks.collect_penalty() as penalty: loss = task(model(x))``, then ``(loss + lam*penalty()).backward()``.
+        """``with masks.collect_penalty() as penalty: loss = task(model(x))``; ``(loss + lam*penalty()).backward()``.
 
         penalty() is the raw sum of the masks over all masked weights, 0-d: a layer that ran twice counts once, one that
         did not run is added from its scores. Call it once, before backward.
@@ -251,13 +254,13 @@ class MaskSet:
         if state.penalties is not None:
             raise RuntimeError("collect_penalty: entered twice; one block may be open at a time")
         if state.is_disabled:
-            raise RuntimeError("collect_penalty: inside disabled() there is no mask and so no penalty; leave disabled() first")
+            raise RuntimeError("collect_penalty: inside disabled() there is no penalty; leave disabled() first")
         collected: dict[int, Tensor] = {}
         used: list[bool] = []
 
         def penalty() -> Tensor:
             if used:
-                raise RuntimeError("collect_penalty: penalty() was called twice; call it once per block, before backward")
+                raise RuntimeError("collect_penalty: penalty() was called twice; call it once, before backward")
             used.append(True)
             terms = [
                 collected[layer.mask_index] if layer.mask_index in collected else _penalty_of(layer)
@@ -309,7 +312,9 @@ class MaskSet:
         """Raises ValueError naming the layers whose scores have NaN or infinite entries."""
         bad = [name for name, scores in self.scores().items() if not bool(torch.isfinite(scores).all())]
         if bad:
-            raise ValueError(f"scores are not finite in {', '.join(bad)}; lower the rate or lam, and start from a checkpoint")
+            raise ValueError(
+                f"scores are not finite in {', '.join(bad)}; lower the rate or lam, and start from a checkpoint"
+            )
 
     def subnet(self, **provenance: Any) -> Subnet:
         """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values)."""
@@ -322,7 +327,8 @@ class MaskSet:
         """Print how many scores train, of how many parameters."""
         trained = sum(s.numel() for s in self.scores().values() if s.requires_grad)
         everything = sum(p.numel() for p in self.model.parameters())
-        print(f"trainable scores: {trained:,} || all parameters: {everything:,} || {100 * trained / max(everything, 1):.2f} %")
+        share = 100 * trained / max(everything, 1)
+        print(f"trainable scores: {trained:,} || all parameters: {everything:,} || {share:.2f} %")
 
     def audit(self, *inputs: Any, **named_inputs: Any) -> list[dict[str, Any]]:
         """Run the model once, without grad, on these inputs and say of every masked layer: name, shape, unit, density,
@@ -372,8 +378,8 @@ class MaskSet:
                 layer._slot.mark_fresh(w, s, self._state.beta, kind, dtype)
 
     def invalidate(self) -> None:
-        """Make every effective weight stale: the next use makes it again. Needed after writing scores or weights through
-        ``.data``, which leaves no trace; everything else is noticed."""
+        """Make every effective weight stale: the next use makes it again. Needed after writing scores or weights
+        through ``.data``, which leaves no trace; everything else is noticed."""
         for layer in self.layers.values():
             layer._slot.clear()
 
@@ -395,8 +401,8 @@ class MaskSet:
                 stale.append(name)
         if stale:
             raise RuntimeError(
-                f"check_fresh: stale effective weights in {', '.join(stale)}: scores, weights or beta were changed behind "
-                "torch's version counters (through .data?); call MaskSet.invalidate() after such a change"
+                f"check_fresh: stale effective weights in {', '.join(stale)}: scores, weights or beta were changed "
+                "behind torch's version counters (through .data?); call MaskSet.invalidate() after such a change"
             )
 
     # --- leaving and saving ------------------------------------------------------------------------------------------

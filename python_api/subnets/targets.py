@@ -12,7 +12,8 @@ from .nn.hf_conv1d import is_hf_conv1d
 
 Targets = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # read weights without calling the layer that owns them
+# these read weights without calling the layer that owns them
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def masked_class(module: nn.Module) -> type[MaskedLayer] | None:
@@ -31,8 +32,11 @@ def _matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bo
     if isinstance(pattern, type):
         return isinstance(module, pattern)
     bare = pattern.removesuffix(".weight")
-    return name == bare or name.endswith("." + bare) or pattern == "all-linear" and masked_class(module) in (
-        MaskedLinear, MaskedHFConv1D) or pattern == "all-conv" and masked_class(module) is MaskedConv2d  # fmt: skip
+    if pattern == "all-linear":
+        return masked_class(module) in (MaskedLinear, MaskedHFConv1D)
+    if pattern == "all-conv":
+        return masked_class(module) is MaskedConv2d
+    return name == bare or name.endswith("." + bare)
 
 
 def matches(targets: Targets, name: str, module: nn.Module) -> bool:
@@ -106,20 +110,16 @@ def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) ->
             continue
         can_mask = masked_class(module) is not None
         if targets is None:
-            wanted = can_mask or isinstance(module, nn.Linear) and _bypasser_of(name, modules) is not None
+            wanted = can_mask or (isinstance(module, nn.Linear) and _bypasser_of(name, modules) is not None)
+        elif name:
+            wanted = matches(targets, name, module)
         else:
-            wanted = name != "" and matches(targets, name, module) or name == "" and can_mask and matches(
-                targets, type(module).__name__, module)  # fmt: skip
+            wanted = can_mask and matches(targets, type(module).__name__, module)
         if not wanted:
             continue
-        if (around := _bypasser_of(name, modules)) is not None:
-            raise ValueError(
-                f"mask_model: {name or 'the model'} lies inside {around[0] or 'the model'} ({type(around[1]).__name__}), which "
-                f"reads its weight without calling it, so a mask would be bypassed; leave it out with "
-                f"exclude=r'{re.escape(around[0])}\\..*'"
-            )
+        _check_is_not_bypassed(name, modules)
         if not can_mask:
-            if targets is not None and isinstance(targets, str) or isinstance(module, nn.ModuleList | nn.Sequential):
+            if isinstance(targets, str) or isinstance(module, nn.ModuleList | nn.Sequential):
                 continue  # a regex may match containers on its way
             raise ValueError(
                 f"mask_model: {name} is a {type(module).__name__}, which can't be masked; nn.Linear, nn.Conv2d and "
@@ -137,4 +137,29 @@ def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) ->
             f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; what could be masked: "
             f"{', '.join(possible) if possible else 'nothing (no nn.Linear, nn.Conv2d or transformers Conv1D)'}"
         )
+    if not (targets is None or isinstance(targets, (str, type))):
+        _check_every_item_matches(targets, modules)
     return found
+
+
+def _check_is_not_bypassed(name: str, modules: dict[str, nn.Module]) -> None:
+    around = _bypasser_of(name, modules)
+    if around is not None:
+        raise ValueError(
+            f"mask_model: {name or 'the model'} lies inside {around[0] or 'the model'} ({type(around[1]).__name__}), "
+            f"which reads its weight without calling it, so a mask would be bypassed; leave it out with "
+            f"exclude=r'{re.escape(around[0])}\\..*'"
+        )
+
+
+def _check_every_item_matches(targets: Sequence[str | type[nn.Module]], modules: dict[str, nn.Module]) -> None:
+    """A name of a list that matches no module is a slip: leaving it out in silence would mask less than was meant."""
+    idle = [
+        item for item in targets
+        if not any(_matches(item, name or type(module).__name__, module) for name, module in modules.items())
+    ]  # fmt: skip
+    if idle:
+        raise ValueError(
+            f"mask_model: targets {idle} match no module; a list holds types, and names of modules or weights, whole "
+            "or their last parts"
+        )

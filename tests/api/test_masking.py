@@ -82,6 +82,7 @@ REFUSED = [
     (lambda: Net(), dict(targets="blocks.9.q"), "match nothing.*stem .Conv2d.*blocks.0.q .Linear."),
     (lambda: Net(), dict(targets=["q"], exclude=["q"]), "match nothing"),
     (lambda: nn.Sequential(nn.ReLU()), {}, "match nothing.*nothing .no nn.Linear"),
+    (lambda: Net(), dict(targets=["q", "qq", nn.GELU]), r"targets \['qq', <class .*GELU'>\] match no module"),
     (lambda: Net(), dict(targets=["head"]), r"weight of head is tied, shared by \['embedding', 'head'\]"),
     (lambda: Net(), dict(targets=["embedding"]), "embedding is a Embedding, which can't be masked"),
     (lambda: nn.Sequential(Halved(3, 3)), dict(targets=["0"]), "0 is a Halved, which can't be masked"),
@@ -210,6 +211,17 @@ def test_copies_and_files_of_a_masked_model_bring_masks_beta_and_schedule_along(
         assert (again.beta, masks.beta) == (4.0, 2.0)
         again.unmask()
         assert [p.requires_grad for p in twin.parameters()] == [True] * 6
+
+
+def test_a_copy_made_inside_disabled_is_masked_since_no_block_would_end_it():
+    model, x, file = mlp(), inputs(), io.BytesIO()
+    masks = mask_model(model, init=random_scores)
+    out = model(x)
+    with masks.disabled():
+        twin = copy.deepcopy(model)
+        torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(twin(x), out) and torch.equal(torch.load(file, weights_only=False)(x), out)
 
 
 def test_maskset_state_dict_round_trip_and_refusals():

@@ -40,8 +40,8 @@ class Schedule:
 
 @dataclass
 class MaskState:
-    """What the masked layers of one model share. beta is a plain 0-d tensor that keeps its identity: every layer, slot and
-    optimizer sees a change at once."""
+    """What the masked layers of one model share. beta is a plain 0-d tensor that keeps its identity: every layer, slot
+    and optimizer sees a change at once."""
 
     beta: Tensor
     is_hard: bool = False
@@ -52,13 +52,13 @@ class MaskState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
         schedule = None if self.schedule is None else Schedule(**vars(self.schedule))
-        copy = MaskState(self.beta.detach().clone(), self.is_hard, self.is_disabled, schedule, None,
-                         dict(self.requires_grad))  # fmt: skip
+        # not disabled: the copy is in no block that would end it
+        copy = MaskState(self.beta.detach().clone(), self.is_hard, False, schedule, None, dict(self.requires_grad))
         memo[id(self)] = copy
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "penalties": None}
+        return {**vars(self), "penalties": None, "is_disabled": False}
 
 
 def new_state(device: torch.device | str | None = None) -> MaskState:
@@ -82,7 +82,7 @@ def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...
         return (1, shape[1], *(1,) * (len(shape) - 2))
     if isinstance(unit, str) and unit.startswith("head:") and unit[5:].isdigit() and int(unit[5:]) > 0:
         if shape[0] % int(unit[5:]):
-            raise ValueError(f"{where}: unit {unit!r} needs rows that divide into heads, the weight has {shape[0]} rows")
+            raise ValueError(f"{where}: unit {unit!r} needs rows that divide into heads, the weight has {shape[0]}")
         return (int(unit[5:]), *(1,) * (len(shape) - 1))
     if isinstance(unit, tuple) and len(unit) == len(shape) and all(isinstance(b, int) and b > 0 for b in unit):
         if any(size % block for size, block in zip(shape, unit, strict=True)):
@@ -156,7 +156,7 @@ class MaskedLayer(nn.Module):
         return HARD if self._state.is_hard else self.kind
 
     def mask(self) -> Tensor:
-        """The mask now in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype)."""
+        """The mask in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype)."""
         with torch.no_grad():
             return expand_scores(self.current_kind.value(self.scores, self.beta), tuple(self.weight.shape))
 
@@ -176,8 +176,8 @@ class MaskedLayer(nn.Module):
             return False
         if not torch.is_grad_enabled():
             raise RuntimeError(
-                "collect_penalty: a masked layer ran without grad inside it (reentrant checkpointing does this), so its "
-                "penalty would have no gradient; use checkpoint(..., use_reentrant=False), or evaluate outside the block"
+                "collect_penalty: a masked layer ran without grad inside it (reentrant checkpointing does this), so "
+                "its penalty would have no gradient; use checkpoint(..., use_reentrant=False), or evaluate outside it"
             )
         return True
 
@@ -190,7 +190,7 @@ class MaskedLayer(nn.Module):
     # --- device, dtype, loading ------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Scores and beta follow the device, never the dtype: fp32 (fp64 beside an fp64 weight), whatever .half() says."""
+        """Scores and beta follow the device, never the dtype: fp32 (fp64 beside an fp64 weight), also in .half()."""
         scores = self._parameters.pop("scores")
         assert scores is not None
         try:
@@ -218,6 +218,8 @@ class MaskedLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         scores = state_dict.get(prefix + "scores")
         if isinstance(scores, Tensor) and not scores.is_meta and not bool(torch.isfinite(scores).all()):
-            raise ValueError(f"load_state_dict: {prefix}scores has NaN or infinite entries; nothing of this layer is loaded")
+            raise ValueError(
+                f"load_state_dict: {prefix}scores has NaN or infinite entries; nothing of this layer is loaded"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._slot.clear()

@@ -42,10 +42,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     base_class = nn.Conv2d
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, groups: int = 1,
-        bias: bool = True, padding_mode: str = "zeros", *, kind: str | MaskKind = "sigmoid", score_init: float = -0.1,
-        unit: Unit = "weight", device: Any = None, dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
+        kind: str | MaskKind = "sigmoid", score_init: float = -0.1, unit: Unit = "weight",
+        device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,

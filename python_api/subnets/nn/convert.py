@@ -24,7 +24,8 @@ def check_can_mask(module: nn.Module, name: str) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(
-            f"{name}: its weight is not a plain parameter (weight_norm, spectral_norm or pruning computes it); remove that first"
+            f"{name}: its weight is not a plain parameter (weight_norm, spectral_norm or pruning computes it); remove "
+            "that first"
         )
     if not weight.is_floating_point():
         raise ValueError(f"{name}: its weight must be floating point, got {weight.dtype}")

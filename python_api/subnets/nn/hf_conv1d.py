@@ -1,4 +1,4 @@
-"""MaskedHFConv1D: Hugging Face's Conv1D (GPT-2's linear layer, weight stored as [inputs, outputs]) with a trained mask."""
+"""MaskedHFConv1D: Hugging Face's Conv1D (GPT-2's linear layer, its weight [inputs, outputs]) with a trained mask."""
 
 from __future__ import annotations
 

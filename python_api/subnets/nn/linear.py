@@ -23,8 +23,8 @@ from .convert import from_layer, to_layer
 class MaskedLinear(MaskedLayer, nn.Linear):
     """nn.Linear whose weight is ``weight * mask(scores)``: ``F.linear(x, weight * sigmoid(beta*scores), bias)``.
 
-    A subclass of nn.Linear; ``.weight`` is the base weight, and base state_dict keys stay. A fresh MaskedLinear trains all
-    its parameters; :func:`subnets.mask_model` freezes all but the scores.
+    A subclass of nn.Linear; ``.weight`` is the base weight, and base state_dict keys stay. A fresh MaskedLinear trains
+    all its parameters; :func:`subnets.mask_model` freezes all but the scores.
 
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
@@ -90,6 +90,7 @@ def masked_linear_of(layer: MaskedLayer, x: Tensor, weight: Tensor, scores: Tens
         return run_masked_linear(
             x, weight, scores, beta, bias, Settings(layer.current_kind, layer.plan, None, slot, False)
         )
-    out, penalty = run_masked_linear(x, weight, scores, beta, bias, Settings(layer.current_kind, layer.plan, None, slot))
+    settings = Settings(layer.current_kind, layer.plan, None, slot)
+    out, penalty = run_masked_linear(x, weight, scores, beta, bias, settings)
     layer._collect(penalty)
     return out
