@@ -114,7 +114,7 @@ class Slot:
         fits = (
             kept is not None and kept.dtype == dtype and kept.shape == weight.shape
             and kept.stride() == weight.stride() and kept.device == weight.device
-            and kept._use_count() <= 1  # autograd holds another reference while a backward pass is pending
+            and torch.Tensor._use_count(kept) <= 1  # pyright: ignore  # a pending backward pass holds another
         )
         if not fits:
             self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)

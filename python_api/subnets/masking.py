@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +288,10 @@ class MaskSet:
             for name, layer in self.layers.items()
         }
 
+    @overload
+    def density(self, per_layer: Literal[False] = False) -> float: ...
+    @overload
+    def density(self, per_layer: Literal[True]) -> dict[str, float]: ...
     def density(self, per_layer: bool = False) -> float | dict[str, float]:
         """The fraction of masked weights with s > 0; per layer, by the base weight's name, if asked."""
         kept = {n: int((la.scores.detach() > 0).sum()) * la.weights_per_score for n, la in self.layers.items()}
@@ -349,7 +353,6 @@ class MaskSet:
             for handle in handles:
                 handle.remove()
         densities = self.density(per_layer=True)
-        assert isinstance(densities, dict)
         return [
             {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
              "runs": runs[name], "backend": choose(_call_of(layer, layer.weight.dtype)).name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def shape_bias(predicted: Sequence[object], shape: Sequence[object], texture: Sequence[object]) -> float:
@@ -45,8 +46,8 @@ def shape_bias(predicted: Sequence[object], shape: Sequence[object], texture: Se
     return num_shape / (num_shape + num_texture)
 
 
-def _classes(values: Sequence[object], argument: str) -> list[str] | list[int]:
-    """Return the classes as a list of plain str or int."""
+def _classes(values: Any, argument: str) -> list[Any]:
+    """Return the classes (a sequence, array or tensor) as a list of plain str or int."""
     if isinstance(values, (str, bytes)):
         raise TypeError(f"shape_bias: {argument} must be a sequence of classes, got the single text {values!r}")
     listed = values.tolist() if hasattr(values, "tolist") else list(values)

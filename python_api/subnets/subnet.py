@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,10 @@ class Subnet:
         """Return the number of weights in the subnet."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
+    @overload
+    def density(self, per_layer: Literal[False] = False) -> float: ...
+    @overload
+    def density(self, per_layer: Literal[True]) -> dict[str, float]: ...
     def density(self, per_layer: bool = False) -> float | dict[str, float]:
         """Return the fraction of weights kept, over all masks together, or ``per_layer`` as a dict by parameter name.
 

@@ -151,7 +151,7 @@ def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

@@ -84,7 +84,8 @@ def _users_of_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -131,7 +132,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def cast_for_autocast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+def cast_for_autocast(tensor: MaybeTensor, dtype: torch.dtype | None) -> MaybeTensor:
     """What autocast does to one input: floating tensors but fp64 are cast."""
     if tensor is None or dtype is None or tensor.dtype in (dtype, torch.float64) or not tensor.is_floating_point():
         return tensor

@@ -23,7 +23,7 @@ from .masked_linear import Settings, kept_effective_weight
 from .refresh import refresh_in_graph
 from .registry import register_op
 
-IntOrPair = int | tuple[int, int] | list[int]
+IntOrPair = int | tuple[int, ...] | list[int]
 
 
 def _forward(

@@ -203,7 +203,7 @@ class MaskedLayer(nn.Module):
             if moved.dtype != wanted:
                 moved = torch.empty_like(moved, dtype=wanted).copy_(scores.data)
             grad = scores.grad
-            if torch._has_compatible_shallow_copy_type(scores, moved):
+            if torch._has_compatible_shallow_copy_type(scores, moved):  # pyright: ignore
                 scores.data = moved
             else:
                 self._parameters["scores"] = nn.Parameter(moved, scores.requires_grad)

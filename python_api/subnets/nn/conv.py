@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from subnet_kernels.ops.masked_linear import Settings
 
 from .base import MaskedLayer, Unit
 from .convert import from_layer, to_layer
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
@@ -44,7 +46,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", *,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: PaddingMode = "zeros", *,
         kind: str | MaskKind = "sigmoid", score_init: float = -0.1, unit: Unit = "weight",
         device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:

@@ -150,7 +150,8 @@ def _register_step_hook() -> None:
     global _step_hook
     if _step_hook is None:
         # Not traced by torch.compile(optimizer.step): traced, the hook would be compiled again for every new anchor.
-        _step_hook = register_optimizer_step_post_hook(torch._disable_dynamo(_restore_planted))
+        hook = torch._disable_dynamo(_restore_planted)  # pyright: ignore
+        _step_hook = register_optimizer_step_post_hook(hook)
 
 
 def _remove_step_hook() -> None:
