@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import subnet_kernels
 from subnet_kernels.testing import Case
 
 LR = 1e-4
@@ -195,6 +196,19 @@ class Ours(Contender):
         self.optimizer.step()
 
 
+class OursOp(Contender):
+    """Our op without a layer: ``out, penalty = masked_linear(x, w, s, beta, b)``, masking at every call."""
+
+    name = "ours_op"
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        if self.case.conv is None:
+            return subnet_kernels.masked_linear(self.x, self.weight, self.trained, self.beta, self.bias)
+        return subnet_kernels.masked_conv2d(
+            self.x, self.weight, self.trained, self.beta, self.bias, **self.case.conv
+        )
+
+
 class OursWithoutPenalty(Ours):
     """The layer called alone, its effective weight made anew at every call: what a call costs over nn.Linear's."""
 
@@ -215,7 +229,7 @@ class OursFresh(OursWithoutPenalty):
 
 
 BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, Plain, NeuroSurgeon)}
-ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in (Ours, OursWithoutPenalty, OursFresh)}}
+ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in (Ours, OursOp, OursWithoutPenalty, OursFresh)}}
 
 
 def plain_layer(case: Case, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:

@@ -36,8 +36,8 @@ TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
 class Session:
     """One run: its device, clock, findings and files."""
 
-    def __init__(self, out: Path, device: str, seed: int, total_s: float) -> None:
-        self.out, self.device, self.seed = out, device, seed
+    def __init__(self, out: Path, device: str, seed: int, total_s: float, commit: str) -> None:
+        self.out, self.device, self.seed, self.commit = out, device, seed, commit
         self.start, self.total_s = time.perf_counter(), total_s
         self.rows: list[Row] = []
         self.checks: list[tuple[str, float]] = []
@@ -109,7 +109,8 @@ def build(session: Session) -> None:
 
 def check_reference(session: Session) -> None:
     """Every op of the reference backend against fp64."""
-    session.take(gpu_correctness.reference_checks(session.device, session.seed))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is meant
+        session.take(gpu_correctness.reference_checks(session.device, session.seed))
 
 
 def check_kernel(session: Session) -> None:
@@ -235,7 +236,7 @@ def _output_of(*command: str) -> str:
 
 
 def write_files(session: Session) -> None:
-    env = rows.environment(session.device, torch.get_num_threads(), TIMING.clock)
+    env = rows.environment(session.device, torch.get_num_threads(), TIMING.clock, session.commit)
     details = {
         "nvidia_smi": _output_of(
             "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"
@@ -275,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="run on the CPU what can run there")
     parser.add_argument("--seed", type=int, help="of the random inputs (a fresh one if not given; the report names it)")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="time budget (%(default)s)")
+    parser.add_argument("--commit", default="", help="the commit of this tree, for the rows, where git can't say it")
     parser.add_argument("--sanitizer-script", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     has_gpu = torch.cuda.is_available()
@@ -284,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(3), "little")
     if args.sanitizer_script:
         return sanitizer_script(seed)
-    session = Session(args.out, "cpu" if args.dry_run else "cuda", seed, args.seconds)
+    session = Session(args.out, "cpu" if args.dry_run else "cuda", seed, args.seconds, args.commit)
     for log in ("build.log", "tests.log"):
         (session.out / log).write_text("")
     session.say(f"gpu_check on {rows.device_name(session.device)}, seed {seed}, budget {args.seconds:.0f} s")

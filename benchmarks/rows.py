@@ -90,14 +90,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def environment(device: str, num_threads: int, clock: str) -> dict[str, Any]:
-    """Where the rows come from: device, versions, commit, threads."""
+def environment(device: str, num_threads: int, clock: str, commit: str = "") -> dict[str, Any]:
+    """Where the rows come from: device, versions, commit (git's, unless given), threads."""
     import subnet_kernels
     from subnet_kernels.backends.native import is_available
 
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit and _git("status", "--porcelain", "--untracked-files=no"):
-        commit += "+changes"
+    if not commit and (commit := _git("rev-parse", "--short=12", "HEAD")):
+        commit += "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     capability = torch.ops.subnet_native.cpu_capability() if is_available() else "no extension"
     env = {
         "device": device_name(device), "num_threads": num_threads, "clock": clock, "commit": commit or "unknown",

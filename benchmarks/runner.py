@@ -57,6 +57,19 @@ def gate_layers(case: testing.Case, contenders: list[Contender]) -> dict[str, fl
     return worst
 
 
+def _in_mode(functions: dict[str, Function], what: str, settings: Settings) -> dict[str, Function]:
+    """The functions themselves, or replays of their CUDA graphs; what can't be captured is said and left out."""
+    if settings.mode == "eager":
+        return functions
+    graphs = {}
+    for name, function in functions.items():
+        try:
+            graphs[name] = as_cuda_graph(function)
+        except RuntimeError as error:
+            settings.say(f"left out {name} of {what} as a CUDA graph: {str(error).splitlines()[0]}")
+    return graphs
+
+
 def _ratios(row: Row, name: str, timings: dict[str, Timing]) -> None:
     for baseline in RATIOS:
         if baseline in timings and baseline != name:
@@ -76,7 +89,8 @@ def _row(suite: str, case: str, phase: str, name: str, mode: str, timings: dict[
 
 
 def run_layer(
-    case: LayerCase, settings: Settings, ceilings: Ceilings, ours: tuple[str, ...] = ("ours",), suite: str = "layers"
+    case: LayerCase, settings: Settings, ceilings: Ceilings, ours: tuple[str, ...] = ("ours", "ours_op"),
+    suite: str = "layers",
 ) -> list[Row]:
     """Rows of one masked layer against the baselines, in every phase."""
     inputs = case.build(settings.device)
@@ -90,13 +104,11 @@ def run_layer(
     weight_bytes = case.num_weights * DTYPES[case.dtype].itemsize
     rows = []
     for phase in settings.phases:
-        functions: dict[str, Function] = {c.name: getattr(c, phase) for c in contenders}
-        if settings.mode == "graph":
-            functions = {name: as_cuda_graph(function) for name, function in functions.items()}
+        functions = _in_mode({c.name: getattr(c, phase) for c in contenders}, f"{case.name} {phase}", settings)
         timings = time_interleaved(functions, settings.device, settings.timing)
         num_products = 1 if phase == "forward" else 3
         floor = ceilings.floor_s(num_products * case.product_flops(), case.fewest_bytes(phase), DTYPES[case.dtype])
-        for contender in contenders:
+        for contender in (c for c in contenders if c.name in timings):
             row = _row(suite, case.name, phase, contender.name, settings.mode, timings)
             row.gate = worst.get(contender.name)
             row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / timings[row.contender].percentile_us(50)
@@ -110,7 +122,7 @@ def run_layer(
 def run_memory(case: LayerCase, settings: Settings, ceilings: Ceilings) -> list[Row]:
     """Rows with bytes only: kept between forward and backward, and the peak of both."""
     inputs = case.build(settings.device)
-    contenders = make_contenders(inputs, [*settings.baselines, "ours"], settings.say)
+    contenders = make_contenders(inputs, [*settings.baselines, "ours", "ours_op"], settings.say)
     worst = gate_layers(inputs, contenders)
     weight_bytes = case.num_weights * DTYPES[case.dtype].itemsize
     rows = []
@@ -129,13 +141,10 @@ def run_kernel(case: KernelCase, settings: Settings, ceilings: Ceilings) -> list
     wanted = ("eager", "ours", "ours_buffer", *settings.baselines)  # the gate needs eager
     problem.functions = chosen = {name: f for name, f in problem.functions.items() if name in wanted}
     worst = kernels.gate(problem)
-    functions: dict[str, Function] = dict(chosen)
-    if settings.mode == "graph":
-        functions = {name: as_cuda_graph(function) for name, function in functions.items()}
-    timings = time_interleaved(functions, settings.device, settings.timing)
+    timings = time_interleaved(_in_mode(dict(chosen), case.name, settings), settings.device, settings.timing)
     floor = problem.num_bytes / ceilings.bytes_per_s(problem.num_bytes)
     rows = []
-    for name in chosen:
+    for name in timings:
         row = _row("kernels", case.name, "forward", name, settings.mode, timings)
         row.gate, row.note = worst[name], problem.note if name.startswith("ours") else ""
         row.floor_us, row.ceiling_fraction = floor * 1e6, floor * 1e6 / timings[row.contender].percentile_us(50)

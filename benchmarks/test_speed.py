@@ -16,7 +16,7 @@ from .contenders import ALL, Skipped
 from .runner import gate_layers
 
 LAYERS = cases.LINEAR_CASES + cases.CONV_CASES
-CONTENDERS = ("eager", "compile", "linear", "neurosurgeon", "ours")
+CONTENDERS = ("eager", "compile", "linear", "neurosurgeon", "ours", "ours_op")
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu_check, gpu_correctness, kernels, memory
 from benchmarks.__main__ import main
 from benchmarks.cases import KERNEL_CASES, LINEAR_CASES, OVERHEAD_CASES, KernelCase, LayerCase, select
-from benchmarks.contenders import Eager, NeuroSurgeon, Ours, Plain, Skipped
+from benchmarks.contenders import Eager, NeuroSurgeon, Ours, OursOp, Plain, Skipped
 from benchmarks.rows import FIELDS
 from benchmarks.runner import gate_layers
 from benchmarks.timing import Timing, TimingConfig, percentile, time_interleaved
@@ -54,13 +54,13 @@ def test_flops_and_bytes_of_a_case_are_counted_from_its_sizes() -> None:
 @pytest.mark.parametrize("case", [SMALL, LayerCase((6, 4, 3, 3), (2, 4, 9, 9), "bf16", {"padding": 1})], ids=str)
 def test_all_masked_contenders_compute_the_same_layer(case: LayerCase) -> None:
     inputs = case.build()
-    contenders = [Eager(inputs), Ours(inputs)]
+    contenders = [Eager(inputs), Ours(inputs), OursOp(inputs)]
     try:
         contenders.append(NeuroSurgeon(inputs))
     except Skipped as reason:
         pytest.skip(str(reason))
     worst = gate_layers(inputs, contenders)
-    assert set(worst) == {"eager", "ours", "neurosurgeon"}
+    assert set(worst) == {"eager", "ours", "ours_op", "neurosurgeon"}
     assert max(worst.values()) <= 1
 
 
