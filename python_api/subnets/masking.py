@@ -321,11 +321,14 @@ class MaskSet:
             )
 
     def subnet(self, **provenance: Any) -> Subnet:
-        """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values)."""
+        """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values),
+        and a hash of the base weights, so that it can't be planted from another network by mistake."""
         from .subnet import Subnet
+        from .subnet_file import weights_hash
 
         self.check_finite()
-        return Subnet({name: kept.clone() for name, kept in self.kept().items()}, provenance or None)
+        base_hash = weights_hash({name: layer.weight for name, layer in self.layers.items()})
+        return Subnet(self.kept(), provenance or None, base_hash=base_hash)
 
     def print_trainable_parameters(self) -> None:
         """Print how many scores train, of how many parameters."""

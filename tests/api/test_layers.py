@@ -516,3 +516,16 @@ def test_a_coarse_mask_repeats_each_score_over_the_weights_it_governs():
         assert layer.mask().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
     assert layer.weights_per_score == 2 and masks_of(layer).density() == 0.5
     assert torch.equal(layer.mask(), expand_scores(torch.sigmoid(layer.scores.detach()), (2, 4)))
+
+
+def test_setting_a_layers_beta_checks_it_and_changes_it_for_all_layers_of_the_model():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    masks = mask_model(model)
+    before = model(torch.ones(1, 3))
+    model[0].beta = 30.0
+    assert masks.beta == 30.0 and model[1].beta is model[0].beta
+    assert not torch.equal(model(torch.ones(1, 3)), before)
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="MaskedLinear.beta: beta must be finite and >= 0"):
+            model[0].beta = bad
+    assert masks.beta == 30.0

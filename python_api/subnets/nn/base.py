@@ -16,6 +16,7 @@ from subnet_kernels.masks import (
     expand_scores,
     weights_per_score,
 )
+from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.slots import Slot
 
 HARD = Hard()
@@ -147,8 +148,15 @@ class MaskedLayer(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """The inverse temperature, a 0-d tensor shared by all layers of one MaskSet; change it through MaskSet.beta."""
+        """The inverse temperature, a 0-d tensor shared by all layers of one MaskSet. Setting it checks the value
+        (finite, >= 0) and changes it for all of them."""
         return self._state.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        with torch.no_grad():
+            self._state.beta.fill_(check_beta_value(f"{type(self).__name__}.beta", float(value)))
+        self._slot.clear()
 
     @property
     def current_kind(self) -> MaskKind:
