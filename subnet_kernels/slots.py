@@ -55,13 +55,14 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
-    __slots__ = ("__weakref__", "_key", "number", "penalty", "w_eff")
+    __slots__ = ("__weakref__", "_key", "_made_for", "number", "penalty", "w_eff")
 
     def __init__(self) -> None:
         _register_hook_once()
         self.w_eff: Tensor | None = None
         self.penalty: Tensor | None = None
         self._key: tuple[Any, ...] | None = None
+        self._made_for: tuple[Any, ...] | None = None  # the weight's metadata that the buffers fit
         self.number = next(_numbers)  # names the slot inside a compiled graph
         _slots[self.number] = self
 
@@ -74,7 +75,7 @@ class Slot:
 
     def release(self) -> None:
         """Make this slot stale and give its memory back."""
-        self.w_eff = self.penalty = self._key = None
+        self.w_eff = self.penalty = self._key = self._made_for = None
 
     @staticmethod
     def _key_of(weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -110,15 +111,12 @@ class Slot:
 
     def buffers(self, weight: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""
-        kept = self.w_eff
-        fits = (
-            kept is not None and kept.dtype == dtype and kept.shape == weight.shape
-            and kept.stride() == weight.stride() and kept.device == weight.device
-            and torch.Tensor._use_count(kept) <= 1  # pyright: ignore  # a pending backward pass holds another
-        )
-        if not fits:
+        made_for = (weight.shape, weight.stride(), weight.device, dtype)
+        is_held = self.w_eff is not None and self.w_eff._use_count() > 1  # pyright: ignore  # by a pending backward pass
+        if self._made_for != made_for or is_held:
             self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)
             self.penalty = torch.empty_like(beta)
+            self._made_for = made_for
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
 

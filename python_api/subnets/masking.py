@@ -267,6 +267,8 @@ class MaskSet:
                 for layer in self.layers.values()
             ]
             collected.clear()
+            if len(terms) == 1:
+                return terms[0]
             return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
 
         state.penalties = collected

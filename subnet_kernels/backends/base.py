@@ -7,7 +7,6 @@ fuses the mask into the product overrides them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,8 +29,7 @@ class Call(NamedTuple):
     is_same_shape: bool = True
 
 
-@dataclass(frozen=True)
-class ConvArgs:
+class ConvArgs(NamedTuple):
     """Geometry of a 2-D convolution: pairs of ints, padding already symmetric."""
 
     stride: tuple[int, int]

@@ -85,10 +85,14 @@ class NativeBackend(Backend):
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        op, code = torch.ops.subnet_native.effective_weight.default, _KIND_CODES[kind.name]
+        if out is not None and weight.is_contiguous() and scores.is_contiguous() and out[0].is_contiguous():
+            op(weight, scores, beta, code, *out)  # every forward pass of a layer comes here
+            _bump(out)
+            return out
         if not _is_dense(weight):
             weight = weight.contiguous()
         scores = _aligned(weight, scores)
-        op, code = torch.ops.subnet_native.effective_weight.default, _KIND_CODES[kind.name]
         if out is None:
             w_eff, penalty = torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
             op(weight, scores, beta, code, w_eff, penalty)
@@ -129,6 +133,14 @@ class NativeBackend(Backend):
         wants_weight = needs_weight and grad_w_eff is not None
         if not wants_scores and not wants_weight:
             return None, None
+        op, code = torch.ops.subnet_native.grad_scores.default, _KIND_CODES[kind.name]
+        if (
+            may_overwrite and grad_w_eff is not None and not wants_weight and grad_w_eff.dtype == torch.float32
+            and grad_w_eff.is_contiguous() and weight.is_contiguous() and scores.is_contiguous()
+            and scores.numel() == weight.numel()
+        ):  # every backward pass of an fp32 layer comes here
+            op(grad_w_eff, grad_penalty, weight, scores, beta, code, grad_w_eff, None)
+            return grad_w_eff, None
         if not _is_dense(weight):
             weight = weight.contiguous()
         if grad_w_eff is not None:
@@ -141,9 +153,7 @@ class NativeBackend(Backend):
         grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
         assert grad_scores is not None
         grad_weight = torch.empty_like(weight) if wants_weight else None
-        torch.ops.subnet_native.grad_scores.default(
-            grad_w_eff, grad_penalty, weight, scores, beta, _KIND_CODES[kind.name], grad_scores, grad_weight
-        )
+        op(grad_w_eff, grad_penalty, weight, scores, beta, code, grad_scores, grad_weight)
         if wants_scores and given is not scores:  # back to the strides that the caller's scores have
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
 from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
 from . import checks
+from .once import differentiable_once
 from .registry import register_op
 
 
@@ -61,7 +61,7 @@ class _EffectiveWeight(torch.autograd.Function):
         return backend.effective_weight(weight, scores, beta, kind, dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_w_eff: Tensor | None, grad_penalty: Tensor | None) -> Any:
         weight, scores, beta = ctx.saved_tensors
         grad_scores, grad_weight = ctx.backend.grad_scores(

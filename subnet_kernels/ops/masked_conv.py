@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, ConvArgs, Needs
 from ..dispatch import choose_for
@@ -20,6 +19,7 @@ from .effective_weight import (
     some,
 )
 from .masked_linear import Settings, kept_effective_weight
+from .once import differentiable_once
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -57,7 +57,7 @@ class _MaskedConv2d(torch.autograd.Function):
         return (out, penalty) if settings.wants_penalty else out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants = ctx.needs_input_grad

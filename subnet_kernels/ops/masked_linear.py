@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.base import Backend, Needs
 from ..dispatch import choose_for
@@ -20,6 +19,7 @@ from .effective_weight import (
     plain_effective_weight,
     some,
 )
+from .once import differentiable_once
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -63,7 +63,7 @@ class _MaskedLinear(torch.autograd.Function):
         return (out, penalty) if settings.wants_penalty else out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants = ctx.needs_input_grad

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subnet_kernels.backends.base import ConvArgs
 from subnet_kernels.masks import MaskKind
 from subnet_kernels.ops import checks
 from subnet_kernels.ops.masked_conv import (
@@ -69,17 +70,18 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias, scores = self.weight, self.bias, self.scores
         if self._state.is_disabled:
             return nn.Conv2d.forward(self, x)
-        cast_to = checks.autocast_dtype(x)
-        x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
-        check_masked_conv2d(x, weight, scores, bias, self.groups, cast_to is not None)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         is_single = x.dim() == 3
-        x, args = resolve_conv_args(
-            x.unsqueeze(0) if is_single else x, weight, self.stride, padding, self.dilation, self.groups
-        )
-        check_fits(x, weight, args)
+        if (args := self._args_of_ordinary(x)) is None:
+            cast_to = checks.autocast_dtype(x)
+            x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
+            check_masked_conv2d(x, weight, scores, bias, self.groups, cast_to is not None)
+            padding = self.padding
+            if self.padding_mode != "zeros":
+                x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            x, args = resolve_conv_args(
+                x.unsqueeze(0) if is_single else x, weight, self.stride, padding, self.dilation, self.groups
+            )
+            check_fits(x, weight, args)
         beta = self._state.beta
         if beta.dtype != scores.dtype:
             beta = beta.to(scores.dtype)
@@ -90,6 +92,24 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             out, penalty = out
             self._collect(penalty)
         return out.squeeze(0) if is_single else out
+
+    def _args_of_ordinary(self, x: Tensor) -> ConvArgs | None:
+        """The geometry for an input that needs no look: a batch of weight's dtype with the right channels, larger than
+        the kernel, zero padding in numbers, no autocast. None for every other: the checks then say more."""
+        weight, padding, dilation = self.weight, self.padding, self.dilation
+        if (
+            isinstance(padding, str) or self.padding_mode != "zeros" or x.dim() != 4 or x.dtype != weight.dtype
+            or torch._C._is_any_autocast_enabled()
+        ):
+            return None
+        _, channels, height, width = x.shape
+        _, per_group, kernel_height, kernel_width = weight.shape
+        if (
+            channels != per_group * self.groups or height <= dilation[0] * kernel_height
+            or width <= dilation[1] * kernel_width
+        ):
+            return None
+        return ConvArgs(self.stride, padding, dilation, self.groups)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.mask_extra_repr()}"
