@@ -113,7 +113,8 @@ class StackTrainer:
     def run(self, report: Report | None = None) -> list[MemberResult]:
         """Trains to the end (or goes on from the checkpoint) and returns one result per member, in the given order.
 
-        `report` is called after every step with epoch, step, steps (per epoch), loss and accuracy (means over members).
+        `report` is called after every step with epoch, step (of the whole training), loss and the last validation
+        accuracy (means over members).
         """
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load_checkpoint(self.checkpoint)
@@ -158,7 +159,7 @@ class StackTrainer:
                 since = 0
             if report is not None:
                 accuracy = sum(c[-1]["validation_accuracy"] for c in state.curves if c) / len(self.members)
-                report({"epoch": epoch, "steps": steps, "loss": losses.mean().item(), "accuracy": accuracy})
+                report({"epoch": epoch, "step": state.step, "loss": losses.mean().item(), "accuracy": accuracy})
             if due and recipe.stop_when_perfect and min(state.best) >= 1.0:
                 state.done = True
                 break

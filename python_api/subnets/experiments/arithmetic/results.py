@@ -105,7 +105,9 @@ def verdict(results: DepthResults) -> str:
     if signatures:
         return name + "FAILURE SIGNATURE: " + "; ".join(signatures) + "."
     table = results.discovery["table"]
+    above = [size for size in results.sizes() if beats(results, "random_init", size)]
+    against = f", and it beats random_init by more than the spread at n = {', '.join(map(str, above))}" if above else ""
     return (
-        f"{name}no known failure signature holds: the subnet does S1 (accuracy {table['subnet']['S1']:.3f}), its "
-        f"complement does not ({table['complement']['S1']:.3f}), and it beats random_init by more than the spread."
+        f"{name}no known failure signature holds: the subnet does S1 (accuracy {table['subnet']['S1']:.3f}) and its "
+        f"complement does not ({table['complement']['S1']:.3f}){against}."
     )

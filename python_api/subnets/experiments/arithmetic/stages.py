@@ -45,15 +45,15 @@ class Depth:
 
 
 class _Bar:
-    """A progress bar over steps that shows the loss and, where there are any, accuracy, beta and density."""
+    """A progress bar over steps that shows the loss and the last validation accuracy (discovery has its own)."""
 
     def __init__(self, title: str, total: int, show: bool) -> None:
         self.bar = tqdm(total=total, desc=title, disable=not show, mininterval=0.5, leave=True)
 
     def __call__(self, values: dict[str, float]) -> None:
-        shown = {name: f"{values[name]:.3f}" for name in ("loss", "accuracy", "beta", "density") if name in values}
+        shown = {name: f"{values[name]:.3f}" for name in ("loss", "accuracy") if name in values}
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        self.bar.update(int(values["step"]) - self.bar.n)
 
     def close(self) -> None:
         """Leaves the bar where it is."""
