@@ -67,7 +67,9 @@ def test_spread_is_mean_and_population_standard_deviation() -> None:
     assert str(spread) == "0.700 ± 0.163" and str(Spread.of([0.5])) == "0.500"
 
 
-def depth(s1: float = 0.99, complement: float = 0.3, subnet: float = 0.9, random: float = 0.5) -> DepthResults:
+def depth(
+    s1: float = 0.99, complement: float = 0.3, subnet: float = 0.9, random: float = 0.5, base: float = 1.0
+) -> DepthResults:
     table = {
         "full": {"S1": 0.3, "T1": 1.0},
         "subnet": {"S1": s1, "T1": 0.3},
@@ -82,7 +84,7 @@ def depth(s1: float = 0.99, complement: float = 0.3, subnet: float = 0.9, random
         {"condition": c, "n_disambiguation": n, "seed": 0, "curve": [{"epoch": 1, "validation_accuracy": 0.5}]}
         for c, n in runs
     ]
-    return DepthResults(4, {"test_accuracy": 1.0}, discovery, runs, [], curves)
+    return DepthResults(4, {"test_accuracy": base}, discovery, runs, [], curves)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def depth(s1: float = 0.99, complement: float = 0.3, subnet: float = 0.9, random
         ({}, []),
         ({"s1": 0.6}, ["the subnet is bad at S1 (accuracy 0.600, below 0.9)"]),
         ({"complement": 0.8}, ["the complement is still good at S1 (accuracy 0.800, above 0.5)"]),
+        ({"base": 0.4}, ["the base network has not learned T1 (accuracy 0.400)"]),
         ({"subnet": 0.505}, ["the subnet is no better than random_init at any n"]),
     ],
 )
@@ -131,6 +134,7 @@ def test_the_paper_preset_is_the_exact_recipe() -> None:
     assert config.layers == (2, 4, 6, 8, 10, 12) and config.inherit == "unmasked"
     assert (config.base_pairs, config.base_epochs, config.base_batch, config.base_lr) == (200_000, 50, 50, 5e-4)
     assert (config.base_decay, config.base_warmup, config.base_patience, config.dropout) == (True, 0, 10, 0.1)
+    assert (config.base_stop_at, config.base_weight_decay, config.base_beta2) == (1.0, 0.0, 0.999)
     assert (config.discovery_pairs, config.discovery_epochs, config.discovery_batch) == (50_000, 50, 500)
     assert [config.discovery_rate(n) for n in (2, 4, 8, 12)] == [1e-3, 1e-3, 2e-3, 1e-3]
     assert (config.lam, config.score_init, config.beta_end) == (1e-7, -0.1, 100.0)
@@ -156,6 +160,7 @@ def test_every_preset_survives_json(preset: str) -> None:
         ({"conditions": "subnet,none"}, r"conditions must be among .*, got \['none'\]"),
         ({"sizes": "-1"}, "sizes must be at least 0"),
         ({"transfer_epochs": "0"}, "transfer_epochs must be at least 1, got 0"),
+        ({"base_stop_at": "0"}, r"base_stop_at must be in \(0, 1\], got 0.0"),
         ({"base_decay": "yes"}, "base_decay must be true or false, got 'yes'"),
         ({"discovery_lr": "-1"}, "discovery_lr must be positive or None, got -1.0"),
         ({"heads": "3"}, "width must be a multiple of heads=3, got 128"),

@@ -176,12 +176,12 @@ def test_clipping_bounds_each_members_gradient_norm_as_torch_does() -> None:
             torch.testing.assert_close(trainer.net.grads[name][i], parameter.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_training_stops_at_once_when_every_member_is_perfect() -> None:
+def test_training_stops_at_once_when_every_member_reaches_the_wanted_accuracy() -> None:
     model = LeanGPT2(SHAPE, torch_generator("p"))
     sequences = data.held_out_set(data.T1, "test", 0, 60)
     sequences[:, 3] = model.eval()(sequences[:, :3])[:, 2].argmax(-1)
     same = Member({}, model.state_dict(), sequences, sequences, sequences, ("p",))
-    recipe = Recipe(epochs=9, batch=60, lr=1e-9, weight_decay=0.0, stop_when_perfect=True)
+    recipe = Recipe(epochs=9, batch=60, lr=1e-9, weight_decay=0.0, stop_at=1.0)
     assert len(train_stack(SHAPE, [same], recipe)[0].curve) == 1
 
 

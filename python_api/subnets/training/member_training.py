@@ -35,7 +35,7 @@ class Recipe:
     warmup_steps: int = 0  # the rate rises linearly over this many steps
     decay: bool = False  # the rate falls linearly to 0 at the end of the last epoch
     evaluate_every: int = 0  # steps; 0 = at the end of each epoch
-    stop_when_perfect: bool = False  # stop once every member's validation accuracy is 1
+    stop_at: float | None = None  # validation accuracy of every member at which training stops
     patience: int | None = None  # epochs without gain of any member after which training stops
 
 
@@ -160,7 +160,7 @@ class StackTrainer:
             if report is not None:
                 accuracy = sum(c[-1]["validation_accuracy"] for c in state.curves if c) / len(self.members)
                 report({"epoch": epoch, "step": state.step, "loss": losses.mean().item(), "accuracy": accuracy})
-            if due and recipe.stop_when_perfect and min(state.best) >= 1.0:
+            if due and recipe.stop_at is not None and min(state.best) >= recipe.stop_at:
                 state.done = True
                 break
         state.epoch = epoch

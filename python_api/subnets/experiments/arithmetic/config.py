@@ -46,7 +46,7 @@ class ArithmeticConfig:
     dropout: float = _knob(0.1, "dropout while training the base and the transfer networks")
 
     base_pairs: int = _knob(200_000, "T1 training pairs")
-    base_epochs: int = _knob(50, "most epochs on T1; training stops at a held-out accuracy of 1")
+    base_epochs: int = _knob(50, "most epochs on T1; training stops earlier at base_stop_at")
     base_batch: int = _knob(50, "T1 batch")
     base_lr: float = _knob(5e-4, "T1 rate")
     base_decay: bool = _knob(True, "T1 rate falls linearly to 0 over base_epochs")
@@ -55,6 +55,7 @@ class ArithmeticConfig:
     base_warmup: int = _knob(0, "steps of linear warm-up on T1")
     base_dropout: float | None = _knob(None, "dropout on T1 if another than `dropout`")
     base_evaluate_every: int = _knob(0, "steps between evaluations on T1; 0 = once an epoch")
+    base_stop_at: float = _knob(1.0, "held-out accuracy at which T1 training stops")
     base_patience: int = _knob(10, "epochs without gain after which T1 training stops")
 
     discovery_pairs: int = _knob(50_000, "S1 training pairs")
@@ -87,6 +88,8 @@ class ArithmeticConfig:
             raise ValueError(f"ArithmeticConfig: conditions must be among {', '.join(CONDITIONS)}, got {unknown}")
         if self.inherit not in INHERIT:
             raise ValueError(f"ArithmeticConfig: inherit must be 'unmasked' or 'none', got {self.inherit!r}")
+        if not 0.0 < self.base_stop_at <= 1.0:
+            raise ValueError(f"ArithmeticConfig: base_stop_at must be in (0, 1], got {self.base_stop_at}")
         if min(self.sizes) < 0:
             raise ValueError(f"ArithmeticConfig: sizes must be at least 0, got {self.sizes}")
         for name in ("base_lr", "transfer_lr", "beta_end"):
@@ -131,8 +134,9 @@ _POSITIVE = (
 # 12,000 to 36,000 of 50. Weight decay and a shorter second moment are faster still, but their networks transfer worse
 # (docs/arithmetic.md).
 _FAST_BASE: dict[str, Any] = {
-    "base_epochs": 2,
+    "base_epochs": 5,
     "base_batch": 100,
+    "base_stop_at": 0.99,
     "base_decay": False,
     "base_warmup": 50,
     "base_dropout": 0.0,

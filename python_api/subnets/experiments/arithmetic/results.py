@@ -14,6 +14,7 @@ from subnets.report.curves import Spread
 Curve = dict[int, float]
 
 ALWAYS_ZERO = 0.265  # what always answering 0 scores on every task here
+BASE_LEARNED = 0.9  # below this there is no function to find a subnet of
 GOOD_AT_S1 = 0.9  # below this the discovered subnet does not implement the subtask
 COMPLEMENT_GOOD = 0.5  # above this the complement still does
 
@@ -77,6 +78,8 @@ def group_runs(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[
 def failure_signatures(results: DepthResults) -> list[str]:
     """The known signs that the method did not work, in words; empty if none holds."""
     found = []
+    if results.base["test_accuracy"] < BASE_LEARNED:
+        found.append(f"the base network has not learned T1 (accuracy {results.base['test_accuracy']:.3f})")
     table = results.discovery["table"]
     if table["subnet"]["S1"] < GOOD_AT_S1:
         found.append(f"the subnet is bad at S1 (accuracy {table['subnet']['S1']:.3f}, below {GOOD_AT_S1})")

@@ -88,7 +88,7 @@ def base_stage(depth: Depth, show: bool = False) -> State:
         warmup_steps=config.base_warmup,
         decay=config.base_decay,
         evaluate_every=config.base_evaluate_every,
-        stop_when_perfect=True,
+        stop_at=config.base_stop_at,
         patience=config.base_patience,
     )
     shape = config.shape(layers, dropout=config.base_dropout)
