@@ -33,7 +33,7 @@ TOTAL_S = 540.0
 TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
 
 
-class Session:
+class Check:
     """One run: its device, clock, findings and files."""
 
     def __init__(self, out: Path, device: str, seed: int, total_s: float, commit: str) -> None:
@@ -91,129 +91,129 @@ class Session:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def build(session: Session) -> None:
+def build(check: Check) -> None:
     """The extension, in place."""
-    if session.device == "cpu":
-        (session.out / "build.log").write_text("dry run: nothing is built\n")
-        return session.skip("build", "dry run")
-    code = session.run([sys.executable, "setup.py", "build_ext", "--inplace"], "build.log", 240)
+    if check.device == "cpu":
+        (check.out / "build.log").write_text("dry run: nothing is built\n")
+        return check.skip("build", "dry run")
+    code = check.run([sys.executable, "setup.py", "build_ext", "--inplace"], "build.log", 240)
     if code != 0:
-        session.fail(f"build: {'took over 240 s' if code is None else f'exit code {code}'}, see build.log")
+        check.fail(f"build: {'took over 240 s' if code is None else f'exit code {code}'}, see build.log")
     from subnet_kernels.backends.native import has_cuda_kernels, load_error
 
     if load_error() is not None:
-        session.fail(f"build: {load_error()}")
+        check.fail(f"build: {load_error()}")
     elif not has_cuda_kernels():
-        session.fail("build: the extension has no CUDA kernels (was nvcc found? see build.log)")
+        check.fail("build: the extension has no CUDA kernels (was nvcc found? see build.log)")
 
 
-def check_reference(session: Session) -> None:
+def check_reference(check: Check) -> None:
     """Every op of the reference backend against fp64."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is meant
-        session.take(gpu_correctness.reference_checks(session.device, session.seed))
+        check.take(gpu_correctness.reference_checks(check.device, check.seed))
 
 
-def check_kernel(session: Session) -> None:
+def check_kernel(check: Check) -> None:
     """effective_weights of the extension against fp64."""
-    backend = "cuda" if session.device == "cuda" else "cpu"
-    session.take(gpu_correctness.effective_weights_checks(backend, session.device, session.seed))
-    if session.device == "cpu":
-        return session.skip("graph replay and refusals of the cuda backend", "dry run")
-    session.take(gpu_correctness.refusal_check(session.device))
-    session.take(gpu_correctness.graph_check(session.device, session.seed))
+    backend = "cuda" if check.device == "cuda" else "cpu"
+    check.take(gpu_correctness.effective_weights_checks(backend, check.device, check.seed))
+    if check.device == "cpu":
+        return check.skip("graph replay and refusals of the cuda backend", "dry run")
+    check.take(gpu_correctness.refusal_check(check.device))
+    check.take(gpu_correctness.graph_check(check.device, check.seed))
 
 
-def run_sanitizer(session: Session) -> None:
+def run_sanitizer(check: Check) -> None:
     """compute-sanitizer memcheck over the kernel's checks."""
     tool = shutil.which("compute-sanitizer")
-    if tool is None or session.device == "cpu":
-        return session.skip("compute-sanitizer", "dry run" if session.device == "cpu" else "it is not installed")
-    script = [sys.executable, "-m", "benchmarks.gpu_check", "--sanitizer-script", "--seed", str(session.seed)]
-    code = session.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *script], "tests.log", 120)
-    log = (session.out / "tests.log").read_text()
+    if tool is None or check.device == "cpu":
+        return check.skip("compute-sanitizer", "dry run" if check.device == "cpu" else "it is not installed")
+    script = [sys.executable, "-m", "benchmarks.gpu_check", "--sanitizer-script", "--seed", str(check.seed)]
+    code = check.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *script], "tests.log", 120)
+    log = (check.out / "tests.log").read_text()
     if code is None:
-        session.skip("compute-sanitizer", "it took over 120 s")
+        check.skip("compute-sanitizer", "it took over 120 s")
     elif "Device not supported" in log:
-        session.skip("compute-sanitizer", "it does not support this device")
+        check.skip("compute-sanitizer", "it does not support this device")
     elif code != 0:
-        session.fail(f"compute-sanitizer memcheck: exit code {code}, see tests.log")
+        check.fail(f"compute-sanitizer memcheck: exit code {code}, see tests.log")
     else:
-        session.say("  memcheck found nothing")
+        check.say("  memcheck found nothing")
 
 
-def run_tests(session: Session) -> None:
+def run_tests(check: Check) -> None:
     """The tests marked gpu."""
     from importlib.util import find_spec
 
     if find_spec("pytest") is None:
-        return session.skip("tests", "pytest is not installed")
+        return check.skip("tests", "pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels"]
-    code = session.run(command, "tests.log", 120)
+    code = check.run(command, "tests.log", 120)
     if code == 5:
-        session.skip("tests", "none is marked gpu")
+        check.skip("tests", "none is marked gpu")
     elif code is None:
-        session.skip("tests", "they took over 120 s, see tests.log")
+        check.skip("tests", "they took over 120 s, see tests.log")
     elif code != 0:
-        session.fail(f"tests: pytest's exit code {code}, see tests.log")
+        check.fail(f"tests: pytest's exit code {code}, see tests.log")
     else:
-        session.say("  passed")
+        check.say("  passed")
 
 
-def measure_ceilings(session: Session) -> None:
+def measure_ceilings(check: Check) -> None:
     """Copy bandwidth (large, beyond the cache; and of a layer's size) and product rates."""
-    for num_bytes in (1 << 32 if session.device == "cuda" else 1 << 27, 1 << 24):
-        session.ceilings.bytes_per_s(num_bytes)
+    for num_bytes in (1 << 32 if check.device == "cuda" else 1 << 27, 1 << 24):
+        check.ceilings.bytes_per_s(num_bytes)
     for dtype in (torch.bfloat16, torch.float32):
-        session.ceilings.flops_per_s(dtype)
-    for name, value in session.ceilings.known().items():
-        session.say(f"  {name} {value:.4g}")
+        check.ceilings.flops_per_s(dtype)
+    for name, value in check.ceilings.known().items():
+        check.say(f"  {name} {value:.4g}")
 
 
-def _time_each(session: Session, name: str, least_s: float, jobs: list[tuple[Any, Callable[[], list[Row]]]]) -> None:
+def _time_each(check: Check, name: str, least_s: float, jobs: list[tuple[Any, Callable[[], list[Row]]]]) -> None:
     """Run the jobs while time is left; what does not run is said, what raises is said and the rest goes on."""
     for case, job in jobs:
-        if session.left_s() < least_s:
-            session.skip(f"{name} {case.name}", "no time left")
+        if check.left_s() < least_s:
+            check.skip(f"{name} {case.name}", "no time left")
             continue
         try:
-            session.rows += job()
+            check.rows += job()
         except Exception as error:
-            session.fail(f"{name} {case.name}: {type(error).__name__}: {error}")
+            check.fail(f"{name} {case.name}: {type(error).__name__}: {error}")
 
 
-def _settings(session: Session, mode: str) -> Settings:
+def _settings(check: Check, mode: str) -> Settings:
     phases = ("forward", "forward_backward", "step") if mode == "eager" else ("forward", "forward_backward")
-    baselines = ("eager", "compile", "linear") if session.device == "cuda" else ("eager", "linear")
-    return Settings(session.device, TIMING, baselines, phases, mode, mode == "eager", session.say)
+    baselines = ("eager", "compile", "linear") if check.device == "cuda" else ("eager", "linear")
+    return Settings(check.device, TIMING, baselines, phases, mode, mode == "eager", check.say)
 
 
-def _modes(session: Session) -> tuple[str, ...]:
-    return ("eager", "graph") if session.device == "cuda" else ("eager",)
+def _modes(check: Check) -> tuple[str, ...]:
+    return ("eager", "graph") if check.device == "cuda" else ("eager",)
 
 
-def measure_kernel(session: Session) -> None:
+def measure_kernel(check: Check) -> None:
     """effective_weights and effective_weight alone against eager and compiled, launched and as CUDA graphs."""
     chosen = [c for c in cases.KERNEL_CASES if c.op.startswith("effective_weight")]
-    if session.device == "cpu":
+    if check.device == "cpu":
         chosen = cases.select(chosen, None, quick=True)
-    for mode in _modes(session):
-        settings = _settings(session, mode)
-        jobs = [(c, lambda c=c, s=settings: run_kernel(c, s, session.ceilings)) for c in chosen]
-        _time_each(session, f"kernel ({mode})", 20, jobs)
+    for mode in _modes(check):
+        settings = _settings(check, mode)
+        jobs = [(c, lambda c=c, s=settings: run_kernel(c, s, check.ceilings)) for c in chosen]
+        _time_each(check, f"kernel ({mode})", 20, jobs)
 
 
-def measure_baselines(session: Session) -> None:
+def measure_baselines(check: Check) -> None:
     """Layers at the named shapes: eager, compiled, nn.Linear and ours, launched and as CUDA graphs."""
     chosen = cases.GPU_LINEAR_CASES
-    if session.device == "cpu":
+    if check.device == "cpu":
         chosen = cases.select(cases.LINEAR_CASES, ["512x128_m256"], quick=True)
-    for mode in _modes(session):
-        settings = _settings(session, mode)
-        jobs = [(c, lambda c=c, s=settings: run_layer(c, s, session.ceilings)) for c in chosen]
-        _time_each(session, f"layer ({mode})", 30, jobs)
+    for mode in _modes(check):
+        settings = _settings(check, mode)
+        jobs = [(c, lambda c=c, s=settings: run_layer(c, s, check.ceilings)) for c in chosen]
+        _time_each(check, f"layer ({mode})", 30, jobs)
 
 
-SECTIONS: tuple[tuple[str, Callable[[Session], None], float], ...] = (  # name, what, seconds it needs at least
+SECTIONS: tuple[tuple[str, Callable[[Check], None], float], ...] = (  # name, what, seconds it needs at least
     ("build", build, 0),
     ("reference backend", check_reference, 20),
     ("kernel effective_weights", check_kernel, 20),
@@ -235,31 +235,31 @@ def _output_of(*command: str) -> str:
         return "not available"
 
 
-def write_files(session: Session) -> None:
-    env = rows.environment(session.device, torch.get_num_threads(), TIMING.clock, session.commit)
+def write_files(check: Check) -> None:
+    env = rows.environment(check.device, torch.get_num_threads(), TIMING.clock, check.commit)
     details = {
         "nvidia_smi": _output_of(
             "nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"
         ),
         "nvcc": _output_of("nvcc", "--version"),
-        "seed": session.seed, "seconds": round(time.perf_counter() - session.start, 1),
-        "skipped": session.skipped, "failed": session.failed, "checks": dict(session.checks),
+        "seed": check.seed, "seconds": round(time.perf_counter() - check.start, 1),
+        "skipped": check.skipped, "failed": check.failed, "checks": dict(check.checks),
     }  # fmt: skip
-    (session.out / "environment.json").write_text(json.dumps(env | details, indent=1) + "\n")
-    rows.write_csv(session.out / "results.csv", session.rows, env)
-    rows.write_json(session.out / "results.json", session.rows, env, session.ceilings.known())
-    wrong = [r for r in session.rows if r.gate is not None and not r.gate <= 1]
+    (check.out / "environment.json").write_text(json.dumps(env | details, indent=1) + "\n")
+    rows.write_csv(check.out / "results.csv", check.rows, env)
+    rows.write_json(check.out / "results.json", check.rows, env, check.ceilings.known())
+    wrong = [r for r in check.rows if r.gate is not None and not r.gate <= 1]
     for row in wrong:
         if row.contender.startswith("ours"):
-            session.fail(f"{row.case} {row.contender}: error is {row.gate:.3g} times the allowed one")
-    session.say("")
-    session.say(rows.table(session.rows))
-    session.say(", ".join(f"{name} {value:.4g}" for name, value in session.ceilings.known().items()))
-    session.say(", ".join(f"{name} {env[name]}" for name in ("device", "torch", "triton", "commit")))
-    session.say(f"{len(session.checks)} checks, {len(session.failed)} failed, {len(session.skipped)} parts skipped")
-    for what in session.failed:
-        session.say(f"FAILED {what}")
-    (session.out / "report.txt").write_text("\n".join(session.lines) + "\n")
+            check.fail(f"{row.case} {row.contender}: error is {row.gate:.3g} times the allowed one")
+    check.say("")
+    check.say(rows.table(check.rows))
+    check.say(", ".join(f"{name} {value:.4g}" for name, value in check.ceilings.known().items()))
+    check.say(", ".join(f"{name} {env[name]}" for name in ("device", "torch", "triton", "commit")))
+    check.say(f"{len(check.checks)} checks, {len(check.failed)} failed, {len(check.skipped)} parts skipped")
+    for what in check.failed:
+        check.say(f"FAILED {what}")
+    (check.out / "report.txt").write_text("\n".join(check.lines) + "\n")
 
 
 def sanitizer_script(seed: int) -> int:
@@ -286,23 +286,23 @@ def main(argv: list[str] | None = None) -> int:
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(3), "little")
     if args.sanitizer_script:
         return sanitizer_script(seed)
-    session = Session(args.out, "cpu" if args.dry_run else "cuda", seed, args.seconds, args.commit)
+    check = Check(args.out, "cpu" if args.dry_run else "cuda", seed, args.seconds, args.commit)
     for log in ("build.log", "tests.log"):
-        (session.out / log).write_text("")
-    session.say(f"gpu_check on {rows.device_name(session.device)}, seed {seed}, budget {args.seconds:.0f} s")
+        (check.out / log).write_text("")
+    check.say(f"gpu_check on {rows.device_name(check.device)}, seed {seed}, budget {args.seconds:.0f} s")
     for name, section, least_s in SECTIONS:
-        if session.left_s() < least_s:
-            session.skip(name, f"{session.left_s():.0f} s left, it needs {least_s:.0f}")
+        if check.left_s() < least_s:
+            check.skip(name, f"{check.left_s():.0f} s left, it needs {least_s:.0f}")
             continue
         before = time.perf_counter()
-        session.say(f"== {name}")
+        check.say(f"== {name}")
         try:
-            section(session)
+            section(check)
         except Exception as error:  # one broken section must not cost the others' results
-            session.fail(f"{name}: {type(error).__name__}: {error}")
-        session.say(f"  {time.perf_counter() - before:.1f} s")
-    write_files(session)
-    return 1 if session.failed else 0
+            check.fail(f"{name}: {type(error).__name__}: {error}")
+        check.say(f"  {time.perf_counter() - before:.1f} s")
+    write_files(check)
+    return 1 if check.failed else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 of the mask and its gradient as by-products. The layers, loops and files built on them are in the package ``subnets``.
 """
 
+from . import optim
 from .dispatch import BackendRefused, use_backend
 from .explain import explain
 from .masks import MaskKind
@@ -24,6 +25,7 @@ __all__ = [
     "mask",
     "masked_conv2d",
     "masked_linear",
+    "optim",
     "pack_mask",
     "unpack_mask",
     "use_backend",

@@ -35,7 +35,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     names = ("x", "weight", "scores") if op in _WITH_X else ("weight", "scores")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if op == "effective_weights":
-        given = {"weight": (given.get("weights") or given["weight"])[0], "scores": given["scores"][0], **kwargs}
+        lists = {"weight": given.get("weights", given.get("weight")), "scores": given.get("scores")}
+        given = {**given, **{name: next(iter(tensors or ()), None) for name, tensors in lists.items()}}
     for name in names:
         if not isinstance(given.get(name), Tensor):
             raise TypeError(f"explain: {op} needs the tensor {name}, got {type(given.get(name)).__name__}")

@@ -23,6 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+KINDS: dict[str, type[MaskKind]] = {}  # by name; defining a subclass of MaskKind adds it
+
 
 @dataclass(frozen=True)
 class MaskKind:
@@ -30,6 +32,9 @@ class MaskKind:
 
     name: ClassVar[str]
     is_trainable: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.name] = cls
 
     def params(self) -> list[float]:
         """The kind's numbers in field order, as op schemas carry them (``float[] params``)."""
@@ -76,10 +81,6 @@ class Hard(MaskKind):
         return torch.zeros_like(scores)
 
 
-KINDS: dict[str, type[MaskKind]] = {kind.name: kind for kind in (Sigmoid, Hard)}
-_DEFAULTS: dict[str, MaskKind] = {name: kind() for name, kind in KINDS.items()}
-
-
 def as_kind(kind: str | MaskKind, params: list[float] | None = None) -> MaskKind:
     """The mask kind of that name (a bare string stands for its defaults) or the object itself.
 
@@ -93,7 +94,7 @@ def as_kind(kind: str | MaskKind, params: list[float] | None = None) -> MaskKind
         raise TypeError(f"kind must be a mask kind's name or a MaskKind, got {type(kind).__name__}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
-    return KINDS[kind](*params) if params else _DEFAULTS[kind]
+    return KINDS[kind](*params or ())
 
 
 # --- one score for several weights -----------------------------------------------------------------------------------

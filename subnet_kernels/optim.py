@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .backends.base import Call
 from .dispatch import choose
 from .masks import MaskKind, weights_per_score
+from .slots import Slot
 
 
 class Masked(NamedTuple):
@@ -20,6 +22,20 @@ class Masked(NamedTuple):
     weight: Tensor
     beta: Tensor
     kind: MaskKind
+    slot: Slot
+
+
+_masked = WeakTensorKeyDictionary()  # not attributes of the parameters: those would follow them into saved files
+
+
+def bind_scores(scores: Tensor, masked: Masked) -> None:
+    """Say what these scores belong to; masked layers do it whenever they get new scores."""
+    _masked[scores] = masked
+
+
+def masked_of(scores: Tensor) -> Masked | None:
+    """What these scores belong to, or None for a tensor that is no masked layer's scores."""
+    return _masked.get(scores)
 
 
 class MaskAdamW(torch.optim.AdamW):
@@ -37,7 +53,7 @@ class MaskAdamW(torch.optim.AdamW):
         in_backward, moment_dtype: not built yet; refused.
 
     Raises:
-        ValueError: lam is negative or not finite.
+        ValueError: lam is negative or not finite, or positive for a group without any masked layer's scores.
         NotImplementedError: in_backward or moment_dtype were asked for.
 
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
@@ -54,7 +70,7 @@ class MaskAdamW(torch.optim.AdamW):
             raise NotImplementedError("MaskAdamW: moment_dtype is not built yet; leave it None (fp32 moments)")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for group in self.param_groups:
-            group["lam"] = _check_lam(group.get("lam", lam))
+            group["lam"] = _check_lam(group.get("lam", lam), group["params"])
             group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
         self.defaults["lam"] = lam
         # the penalty's gradient must meet unscaled gradients, so a GradScaler has to unscale before the step
@@ -64,7 +80,7 @@ class MaskAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         if "lam" in self.defaults:
             group = self.param_groups[-1]
-            group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]))
+            group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,7 +90,7 @@ class MaskAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["lam"]:
+            if _check_lam(group["lam"], group["params"]):
                 _add_penalty_gradients(group["params"], group["lam"])
         _plain_adamw_step(self)
         return loss
@@ -89,9 +105,13 @@ def _plain_adamw_step(optimizer: torch.optim.Optimizer) -> None:
     step(optimizer)  # type: ignore[arg-type]
 
 
-def _check_lam(lam: float) -> float:
+def _check_lam(lam: float, params: list[Tensor]) -> float:
     if not math.isfinite(lam) or lam < 0:
         raise ValueError(f"MaskAdamW: lam must be finite and >= 0, got {lam}")
+    if lam > 0 and not any(masked_of(scores) is not None for scores in params):
+        raise ValueError(
+            f"MaskAdamW: lam={lam} needs masked layers' scores, this group has none; use masks_of(model).adamw(lam=...)"
+        )
     return lam
 
 
@@ -99,7 +119,7 @@ def _add_penalty_gradients(params: list[Tensor], lam: float) -> None:
     """grad += lam * (weights per score) * penalty_slope, one call per kind, backend and beta."""
     batches: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor], list[int]]] = {}
     for scores in params:
-        masked: Masked | None = getattr(scores, "masked", None)
+        masked = masked_of(scores)
         if masked is None or not scores.requires_grad or not masked.kind.is_trainable:
             continue
         if scores.grad is None:

@@ -29,6 +29,11 @@ _numbers = itertools.count()
 _slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
 
 
+def penalty_dtype(weight: Tensor) -> torch.dtype:
+    """The penalty's dtype, which is the scores': fp32, fp64 beside an fp64 weight."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def slot_of(number: int) -> Slot | None:
     """The living slot of that number."""
     return _slots.get(number)
@@ -55,7 +60,7 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
-    __slots__ = ("__weakref__", "_key", "_made_for", "number", "penalty", "w_eff")
+    __slots__ = ("__weakref__", "_kept", "_key", "_made_for", "number", "penalty", "w_eff")
 
     def __init__(self) -> None:
         _register_hook_once()
@@ -63,6 +68,7 @@ class Slot:
         self.penalty: Tensor | None = None
         self._key: tuple[Any, ...] | None = None
         self._made_for: tuple[Any, ...] | None = None  # the weight's metadata that the buffers fit
+        self._kept: tuple[Tensor, Tensor] | None = None  # the key's tensors, so that no other can get their addresses
         self.number = next(_numbers)  # names the slot inside a compiled graph
         _slots[self.number] = self
 
@@ -71,11 +77,11 @@ class Slot:
 
     def clear(self) -> None:
         """Make this slot stale; its memory is kept for the next use."""
-        self._key = None
+        self._key = self._kept = None
 
     def release(self) -> None:
         """Make this slot stale and give its memory back."""
-        self.w_eff = self.penalty = self._key = self._made_for = None
+        self.w_eff = self.penalty = self._key = self._kept = self._made_for = None
 
     @staticmethod
     def _key_of(weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -105,17 +111,18 @@ class Slot:
         if torch.is_inference_mode_enabled():
             return backend.effective_weight(weight, scores, beta, kind, dtype)
         self._key = None
-        w_eff, penalty = backend.effective_weight(weight, scores, beta, kind, dtype, self.buffers(weight, beta, dtype))
+        w_eff, penalty = backend.effective_weight(weight, scores, beta, kind, dtype, self.buffers(weight, dtype))
         self._key = key
+        self._kept = weight, scores
         return w_eff, penalty
 
-    def buffers(self, weight: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def buffers(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""
         made_for = (weight.shape, weight.stride(), weight.device, dtype)
         is_held = self.w_eff is not None and self.w_eff._use_count() > 1  # pyright: ignore  # by a pending backward pass
         if self._made_for != made_for or is_held:
             self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-            self.penalty = torch.empty_like(beta)
+            self.penalty = torch.empty((), dtype=penalty_dtype(weight), device=weight.device)
             self._made_for = made_for
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
@@ -123,6 +130,7 @@ class Slot:
     def mark_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> None:
         """Say that the buffers were just written from these (by a multi-tensor kernel or an optimizer)."""
         self._key = self._key_of(weight, scores, beta, kind, dtype)
+        self._kept = weight, scores
 
     def is_exact(
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend

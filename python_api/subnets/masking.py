@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from subnet_kernels.backends.base import Call
 from subnet_kernels.dispatch import choose
-from subnet_kernels.masks import MaskKind, expand_scores
+from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
-from subnet_kernels.ops.effective_weight import effective_weights_raw
-from subnet_kernels.ops.mask import mask as mask_op
-from subnet_kernels.optim import MaskAdamW, Masked
+from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
+from subnet_kernels.optim import MaskAdamW
 
 from .nn import MaskedLayer
 from .nn.base import MaskState, Schedule, Unit, new_state
-from .nn.convert import convert_in_place, revert_in_place
+from .nn.convert import check_can_revert, convert_in_place, revert_in_place
 from .targets import Targets, find_targets, masked_class
 
 if TYPE_CHECKING:
@@ -65,13 +64,16 @@ def mask_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model: model must be an nn.Module, got {type(model).__name__}")
-    if not math.isfinite(score_init):
-        raise ValueError(f"mask_model: score_init must be finite, got {score_init}")
+    if not isinstance(score_init, (int, float)) or not math.isfinite(score_init):
+        raise ValueError(f"mask_model: score_init must be finite, got {score_init!r}")
+    if not as_kind(kind).is_trainable:
+        raise ValueError(f"mask_model: kind {as_kind(kind).name!r} trains no scores; use 'sigmoid', and harden() later")
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
         raise ValueError(
             f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it"
         )
     found = find_targets(model, targets, exclude)
+    _check_init(init, [_weight_name(name) for name in found])
     state = new_state(next(iter(found.values())).weight.device)  # type: ignore[arg-type]
     state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     converted: list[MaskedLayer] = []
@@ -99,12 +101,23 @@ def _weight_name(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
+def _check_init(init: ScoreInit | None, names: list[str]) -> None:
+    if init is None or callable(init):
+        return
+    if not isinstance(init, Mapping):
+        raise TypeError(f"mask_model: init must be a mapping or a function (name, weight), got {type(init).__name__}")
+    if unknown := sorted(set(init) - set(names)):
+        raise ValueError(f"mask_model: init names {unknown}, which are not masked here; masked are {names}")
+
+
 def _initial_scores(init: ScoreInit | None, name: str, module: nn.Module, score_init: float) -> float | Tensor:
     if init is None:
         return score_init
     weight = module.weight
     assert isinstance(weight, Tensor)
     scores = init(name, weight.detach()) if callable(init) else init.get(name)
+    if scores is not None and not isinstance(scores, Tensor):
+        raise TypeError(f"mask_model: init must give a tensor or None for {name}, got {type(scores).__name__}")
     return score_init if scores is None else scores
 
 
@@ -126,8 +139,9 @@ def masks_of(model: nn.Module) -> MaskSet:
                 f"masks_of: the masked layers disagree: beta {float(first.beta)} and {float(other.beta)}, hard "
                 f"{first.is_hard} and {other.is_hard}; set them alike first"
             )
-    for index, layer in enumerate(layers.values()):
-        layer._state, layer.mask_index = first, index
+    for layer in layers.values():
+        layer._state = first
+        layer._bind_scores()
     return MaskSet(model, layers, first)
 
 
@@ -228,17 +242,10 @@ class MaskSet:
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
-        self.bind_scores()
         trained = [scores for scores in self.scores().values() if scores.requires_grad]
         optimizer = MaskAdamW(trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward)
         optimizer.register_step_post_hook(lambda *_: self.step())
         return optimizer
-
-    def bind_scores(self) -> None:
-        """Tell every scores parameter what it belongs to (``scores.masked``, ``scores.slot``), for MaskAdamW."""
-        for layer in self.layers.values():
-            layer.scores.masked = Masked(layer.weight, self._state.beta, layer.kind)
-            layer.scores.slot = layer._slot
 
     @contextlib.contextmanager
     def collect_penalty(self) -> Iterator[Callable[[], Tensor]]:
@@ -263,7 +270,7 @@ class MaskSet:
                 raise RuntimeError("collect_penalty: penalty() was called twice; call it once, before backward")
             used.append(True)
             terms = [
-                collected[layer.mask_index] if layer.mask_index in collected else _penalty_of(layer)
+                collected[layer._slot.number] if layer._slot.number in collected else _penalty_of(layer)
                 for layer in self.layers.values()
             ]
             collected.clear()
@@ -375,15 +382,15 @@ class MaskSet:
             groups.setdefault((layer.current_kind, dtype, layer.weight.dtype, layer.weight.device), []).append(layer)
         for (kind, dtype, _, _), layers in groups.items():
             triples = [_outputs_first(layer) for layer in layers]
-            beta = self._state.beta.to(layers[0].scores.dtype)
-            pairs = [la._slot.buffers(w, beta, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
+            beta = self._state.beta
+            pairs = [la._slot.buffers(w, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
             for layer in layers:
                 layer._slot.clear()
             weights, scores = [list(t) for t in zip(*triples, strict=True)]
             _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
             for layer, (w, s), (_, penalty), value in zip(layers, triples, pairs, penalties, strict=True):
                 penalty.copy_(value)
-                layer._slot.mark_fresh(w, s, self._state.beta, kind, dtype)
+                layer._slot.mark_fresh(w, s, beta, kind, dtype)
 
     def invalidate(self) -> None:
         """Make every effective weight stale: the next use makes it again. Needed after writing scores or weights
@@ -404,8 +411,7 @@ class MaskSet:
                 continue
             weight, scores = _outputs_first(layer)
             backend = choose(_call_of(layer, kept.dtype))
-            beta = self._state.beta.to(scores.dtype) if scores.dtype != self._state.beta.dtype else self._state.beta
-            if not layer._slot.is_exact(weight, scores, beta, layer.current_kind, kept.dtype, backend):
+            if not layer._slot.is_exact(weight, scores, self._state.beta, layer.current_kind, kept.dtype, backend):
                 stale.append(name)
         if stale:
             raise RuntimeError(
@@ -424,15 +430,33 @@ class MaskSet:
         """
         if keep not in ("base", "masked"):
             raise ValueError(f"MaskSet.unmask: keep must be 'base' or 'masked', got {keep!r}")
+        for name, layer in self.layers.items():
+            if not isinstance(layer, MaskedLayer):
+                raise ValueError(f"MaskSet.unmask: {name} is masked no more; get the present set with masks_of(model)")
+            check_can_revert(layer, name)
+        flag_of = self._flags_before_masking()
         kept = self.kept() if keep == "masked" else {}
         for name, layer in self.layers.items():
             if keep == "masked":
                 layer.weight.mul_(kept[name].to(layer.weight.dtype))
             revert_in_place(layer)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._state.requires_grad.get(name, parameter.requires_grad))
+            parameter.requires_grad_(flag_of.get(name, parameter.requires_grad))
         self.layers = {}
         return self.model
+
+    def _flags_before_masking(self) -> dict[str, bool]:
+        """requires_grad by present name; mask_model may have seen another part of the model, and so other names."""
+        flags = self._state.requires_grad
+        some_layer = next(iter(self.layers), "")
+        for known in flags:
+            if some_layer == known or some_layer.endswith("." + known):  # a part was masked, this is the whole
+                prefix = some_layer.removesuffix(known)
+                return {prefix + name: flag for name, flag in flags.items()}
+            if known.endswith("." + some_layer):  # the whole was masked, this is a part
+                prefix = known.removesuffix(some_layer)
+                return {n.removeprefix(prefix): flag for n, flag in flags.items() if n.startswith(prefix)}
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """beta, hard/soft and the schedule, as plain values (scores are in the model's own state_dict)."""
@@ -452,13 +476,24 @@ class MaskSet:
         if missing := {"beta", "is_hard", "schedule"} - set(state):
             raise ValueError(f"MaskSet.load_state_dict: misses {sorted(missing)}")
         beta = check_beta_value("MaskSet.load_state_dict", float(state["beta"]))
-        schedule = None if state["schedule"] is None else Schedule(**state["schedule"])
+        schedule = None if state["schedule"] is None else _read_schedule(state["schedule"])
         self._state.schedule, self._state.is_hard = schedule, bool(state["is_hard"])
         self._write_beta(beta)
 
     def __repr__(self) -> str:
         state = "hard" if self.is_hard else f"beta {self.beta:g}"
         return f"MaskSet({len(self.layers)} layers, {state}, density {self.density():.3f})"
+
+
+def _read_schedule(values: Mapping[str, Any]) -> Schedule:
+    try:
+        schedule = Schedule(**values)
+        is_good = min(schedule.start, schedule.to) > 0 and min(schedule.steps, schedule.every) >= 1
+    except TypeError as error:
+        raise ValueError(f"MaskSet.load_state_dict: schedule does not fit: {error}") from None
+    if not is_good or schedule.count < 0:
+        raise ValueError(f"MaskSet.load_state_dict: schedule needs start, to > 0 and steps, every >= 1, got {values}")
+    return schedule
 
 
 def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
@@ -481,5 +516,4 @@ def _call_of(layer: MaskedLayer, dtype: torch.dtype) -> Call:
 
 def _penalty_of(layer: MaskedLayer) -> Tensor:
     """The penalty of a layer from its scores alone, with gradient."""
-    beta = layer.beta.to(layer.scores.dtype)
-    return mask_op(layer.scores, beta, kind=layer.current_kind).sum() * layer.weights_per_score
+    return effective_weight(layer.weight, layer.scores, layer.beta, kind=layer.current_kind)[1]

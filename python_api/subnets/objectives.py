@@ -37,7 +37,7 @@ def kl_to_unmasked(model: nn.Module, batch: Any) -> Tensor:
     counted = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(counted, Tensor) and counted.shape == divergence.shape:
         weights = counted.to(divergence.dtype)
-        return (divergence * weights).sum() / weights.sum()
+        return (divergence * weights).sum() / weights.sum().clamp(min=1)  # nothing counted: no divergence
     if divergence.numel() == 0:
         raise ValueError("kl_to_unmasked: the batch is empty, so there is no divergence to average; leave it out")
     return divergence.mean()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import subnet_file
+from .nn import MaskedLayer
 from .subnet_file import Contents, check_values, listed, weights_hash
 
 Mode = Literal["keep", "ablate"]
@@ -208,7 +209,9 @@ class Subnet:
         Raises:
             ValueError: the subnet does not fit the model (nothing is changed then), or an unknown mode.
         """
-        self._zero(self.parameters_in(model, "Subnet.apply_"), mode, "Subnet.apply_")
+        parameters = self.parameters_in(model, "Subnet.apply_")
+        _check_unmasked(model, "Subnet.apply_")
+        self._zero(parameters, mode, "Subnet.apply_")
         return model
 
     @contextmanager
@@ -219,6 +222,7 @@ class Subnet:
         values back bit for bit; what the block wrote into them is lost. Costs one copy of these parameters.
         """
         parameters = self.parameters_in(model, "Subnet.applied")
+        _check_unmasked(model, "Subnet.applied")
         _check_mode(mode, "Subnet.applied")
         with torch.no_grad():
             saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -332,6 +336,11 @@ def check_finite(values: Mapping[str, Tensor], caller: str) -> None:
     bad = [name for name, kept in values.items() if not bool(torch.isfinite(kept).all())]
     if bad:
         raise ValueError(f"{caller}: the kept values must be finite, these hold NaN or infinity: {listed(bad)}")
+
+
+def _check_unmasked(model: nn.Module, caller: str) -> None:
+    if any(isinstance(module, MaskedLayer) for module in model.modules()):
+        raise ValueError(f"{caller}: the model is masked, so its own masks would come on top; unmask() it first")
 
 
 def _check_mode(mode: str, caller: str) -> None:

@@ -66,6 +66,9 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     try:
         temporary.write_bytes(save(tensors, metadata))
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"Subnet.save: {path} can't be written: {error.strerror}; its folder must exist") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -110,8 +110,9 @@ def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) ->
         if by_default and module is head:
             continue
         can_mask = masked_class(module) is not None
-        if targets is None:
-            wanted = can_mask or (isinstance(module, nn.Linear) and _bypasser_of(name, modules) is not None)
+        is_bypassed = isinstance(module, nn.Linear) and _bypasser_of(name, modules) is not None
+        if targets is None or (targets == "all-linear" and is_bypassed):
+            wanted = can_mask or is_bypassed  # the latter to be refused
         elif name:
             wanted = matches(targets, name, module)
         else:
@@ -138,8 +139,11 @@ def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) ->
             f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; what could be masked: "
             f"{', '.join(possible) if possible else 'nothing (no nn.Linear, nn.Conv2d or transformers Conv1D)'}"
         )
-    if not (targets is None or isinstance(targets, (str, type))):
-        _check_every_item_matches(targets, modules)
+    for argument, value in (("targets", targets), ("exclude", exclude)):
+        if not (value is None or isinstance(value, (str, type))):
+            _check_every_item_matches(argument, value, modules)
+    if isinstance(exclude, str) and not any(matches(exclude, name, module) for name, module in modules.items()):
+        raise ValueError(f"mask_model: exclude={exclude!r} matches no whole module name; mend it or leave it out")
     return found
 
 
@@ -153,7 +157,9 @@ def _check_is_not_bypassed(name: str, modules: dict[str, nn.Module]) -> None:
         )
 
 
-def _check_every_item_matches(targets: Sequence[str | type[nn.Module]], modules: dict[str, nn.Module]) -> None:
+def _check_every_item_matches(
+    argument: str, targets: Sequence[str | type[nn.Module]], modules: dict[str, nn.Module]
+) -> None:
     """A name of a list that matches no module is a slip: leaving it out in silence would mask less than was meant."""
     idle = [
         item for item in targets
@@ -161,6 +167,6 @@ def _check_every_item_matches(targets: Sequence[str | type[nn.Module]], modules:
     ]  # fmt: skip
     if idle:
         raise ValueError(
-            f"mask_model: targets {idle} match no module; a list holds types, and names of modules or weights, whole "
-            "or their last parts"
+            f"mask_model: {argument} {idle} match no module; a list holds types, and names of modules or weights, "
+            "whole or their last parts"
         )

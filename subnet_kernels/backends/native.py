@@ -73,6 +73,8 @@ class NativeBackend(Backend):
         if call.plan == "fused":
             return "plan 'fused' is not built here yet (a matrix product with the mask inside); use plan='cached'"
         if self.name == "cuda":
+            if not torch.cuda.is_available():
+                return "torch can use no GPU here"
             if not has_cuda_kernels():
                 return "the extension was built without CUDA kernels (no nvcc then) or torch has no CUDA"
             if call.op not in ("effective_weight", "effective_weights"):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..masks import MaskKind, as_kind
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST_BETA = torch.finfo(torch.float32).max  # beta is kept in fp32
 PLANS = (None, "cached", "fused")
 
 
@@ -52,7 +52,7 @@ def beta_tensor(op: str, beta: Tensor | float, like: Tensor) -> Tensor:
 
 def check_beta_value(op: str, beta: float) -> float:
     """``beta`` itself if it is finite and >= 0; else a ValueError."""
-    if not math.isfinite(beta) or beta < 0:
+    if not 0 <= beta <= LARGEST_BETA:  # a NaN is no number between
         raise ValueError(f"{op}: beta must be finite and >= 0, got {beta}")
     return beta
 

@@ -83,7 +83,7 @@ def _implementation(
 
 
 def _fake(weight, scores, beta, kind, params, key, dtype, backend):
-    return torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
+    return torch.empty_like(weight, dtype=dtype), scores.new_empty(())
 
 
 def _backward_implementation(
@@ -188,10 +188,8 @@ def effective_weight(
     checks.check_weight_and_scores(op, weight, scores)
     mask_kind = checks.check_kind(op, kind)
     beta = checks.beta_tensor(op, beta, scores)
-    if dtype is None:
-        dtype = weight.dtype
-    elif dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"{op}: dtype must be a floating point dtype, got {dtype}")
+    _check_dtype(op, dtype)
+    dtype = weight.dtype if dtype is None else dtype
     if is_transformed(op):
         return plain_effective_weight(weight, scores, beta, mask_kind, dtype)
     if torch.compiler.is_compiling():
@@ -218,13 +216,18 @@ def effective_weights(
         ValueError, TypeError: as effective_weight, and for lists of different length.
     """
     op = "effective_weights"
+    if isinstance(weights, Tensor) or isinstance(scores, Tensor):
+        raise TypeError(f"{op}: weights and scores must be lists of tensors, got a tensor; for one: effective_weight")
     weights, scores = list(weights), list(scores)
     checks.check_same_number(op, weights=weights, scores=scores)
     mask_kind = checks.check_kind(op, kind)
+    _check_dtype(op, dtype)
+    for weight, score in zip(weights, scores, strict=True):
+        checks.check_weight_and_scores(op, weight, score)
     if not weights:
         return [], torch.zeros(())
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *scores))
-    devices = {w.device for w in weights if isinstance(w, Tensor)}
+    devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"{op}: all weights must be on one device, got {sorted(map(str, devices))}")
     if needs_grad or torch.compiler.is_compiling() or is_transformed(op) or len({w.dtype for w in weights}) > 1:
@@ -232,11 +235,14 @@ def effective_weights(
             effective_weight(w, s, beta, kind=mask_kind, dtype=dtype) for w, s in zip(weights, scores, strict=True)
         ]
         return [w_eff for w_eff, _ in pairs], torch.stack([penalty for _, penalty in pairs]).sum()
-    for weight, score in zip(weights, scores, strict=True):
-        checks.check_weight_and_scores(op, weight, score)
     beta = checks.beta_tensor(op, beta, scores[0])
     w_effs, penalties = effective_weights_raw(weights, scores, beta, mask_kind, dtype or weights[0].dtype)
     return w_effs, penalties.sum()
+
+
+def _check_dtype(op: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: dtype must be a floating point dtype, got {dtype}")
 
 
 def effective_weights_raw(

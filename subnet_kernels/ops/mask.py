@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from . import checks
 from .registry import register_op
@@ -87,4 +88,5 @@ def mask(scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoi
         raise TypeError(f"{op}: scores must be torch.float32 or torch.float64, got {scores.dtype}")
     mask_kind = checks.check_kind(op, kind)
     beta = checks.beta_tensor(op, beta, scores)
+    choose_for(op, scores, scores, mask_kind.name, scores.dtype)  # raises where the backend asked for can't run it
     return _op(scores, beta, mask_kind.name, mask_kind.params(), None)

@@ -115,7 +115,7 @@ def _fake(
     made = torch.empty_like(weight, dtype=x.dtype)
     out = F.conv2d(x, made, bias, stride, padding, dilation, groups)
     keeps_none = plan == "fused" or w_eff is not None
-    return torch.empty_like(out), torch.empty_like(beta), no_gradient(weight) if keeps_none else made
+    return torch.empty_like(out), scores.new_empty(()), no_gradient(weight) if keeps_none else made
 
 
 def _backward_implementation(
@@ -207,7 +207,7 @@ def resolve_conv_args(
 ) -> tuple[Tensor, ConvArgs]:
     """(x, padded where "same" is lopsided, and the geometry in pairs); as F.conv2d resolves them."""
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+    if weight.shape[0] % groups:
         raise ValueError(f"masked_conv2d: groups must divide the {weight.shape[0]} output channels, got {groups!r}")
     if isinstance(padding, str) and padding not in ("same", "valid"):
         raise ValueError(f"masked_conv2d: padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
@@ -230,6 +230,8 @@ def check_masked_conv2d(
     """The checks of :func:`masked_conv2d`, once for eager, compiled and layer calls."""
     op = "masked_conv2d"
     checks.check_weight_and_scores(op, weight, scores)
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{op}: groups must be an int >= 1, got {groups!r}")
     if weight.dim() != 4:
         raise ValueError(f"{op}: weight must have 4 dimensions [O, C/groups, KH, KW], got {checks.shape_of(weight)}")
     checks.check_x(op, x, weight, is_autocast)

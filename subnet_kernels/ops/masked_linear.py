@@ -115,7 +115,7 @@ def kept_effective_weight(plan: str | None, given: Tensor | None, made: Tensor) 
 def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend, w_eff=None, penalty=None):
     keeps_none = plan == "fused" or w_eff is not None
     made = no_gradient(weight) if keeps_none else torch.empty_like(weight, dtype=x.dtype)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta), made
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), scores.new_empty(()), made
 
 
 def _backward_implementation(

@@ -94,7 +94,6 @@ def test_one_epoch_equals_the_loop_written_by_hand():
     found = discover(model, data(), classify, DiscoveryConfig(epochs=3, lr=0.05, lam=1e-3, beta_end=8.0))
     masks = mask_model(model)
     optimizer = MaskAdamW(list(masks.scores().values()), lr=0.05, lam=1e-3)
-    masks.bind_scores()
     for epoch in range(3):
         masks.beta = 8.0 ** (epoch / 3)
         losses = []

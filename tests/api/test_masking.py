@@ -334,7 +334,6 @@ def test_mask_adamw_pushes_a_score_without_gradient_and_leaves_other_parameters_
     masks = mask_model(nn.Linear(2, 2), score_init=0.0)
     masks.beta = 2.0
     other = nn.Parameter(torch.ones(2))
-    masks.bind_scores()
     optimizer = MaskAdamW([*masks.scores().values(), other], lr=0.1, weight_decay=0.0, lam=0.5)
     optimizer.step()
     scores = masks.scores()["scores"]

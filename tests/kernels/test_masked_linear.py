@@ -315,7 +315,7 @@ def test_use_backend_forces_its_backend_and_explain_says_so():
 def test_the_refresh_op_writes_only_what_is_stale_and_passes_opcheck():
     w, s, beta = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(2.0)
     slot = sk.Slot()
-    w_eff, penalty = slot.buffers(w, beta, torch.float32)
+    w_eff, penalty = slot.buffers(w, torch.float32)
     args = (w, s, beta, "sigmoid", [], slot.number, w_eff, penalty)
     torch.ops.subnet_kernels.refresh_effective_weight(*args)
     assert torch.equal(w_eff, sk.effective_weight(w, s, 2.0)[0])

@@ -53,10 +53,11 @@ def save(
     tensors: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
     for name, scores in masks.scores().items():
-        moments = optimizer.state[scores]
+        moments = optimizer.state.get(scores, {})  # empty for scores that never had a gradient
         tensors[f"scores/{name}"] = scores.detach()
-        tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-        steps[name] = float(moments["step"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}/{name}"] = moments.get(moment, torch.zeros_like(scores))
+        steps[name] = float(moments.get("step", 0))
     tensors.update({f"best/{name}": packed for name, packed in progress.best_masks.items()})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     state = {

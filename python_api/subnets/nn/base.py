@@ -17,6 +17,7 @@ from subnet_kernels.masks import (
     weights_per_score,
 )
 from subnet_kernels.ops.checks import check_beta_value
+from subnet_kernels.optim import Masked, bind_scores
 from subnet_kernels.slots import Slot
 
 HARD = Hard()
@@ -48,7 +49,7 @@ class MaskState:
     is_hard: bool = False
     is_disabled: bool = False
     schedule: Schedule | None = None
-    penalties: dict[int, Tensor] | None = None  # of the layers that ran inside collect_penalty()
+    penalties: dict[int, Tensor] | None = None  # by slot number, of the layers that ran inside collect_penalty()
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the model's parameters before masking
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
@@ -63,7 +64,8 @@ class MaskState:
 
 
 def new_state(device: torch.device | str | None = None) -> MaskState:
-    return MaskState(torch.ones((), dtype=torch.float32, device=device))
+    is_meta = device is not None and torch.device(device).type == "meta"  # beta always has a value
+    return MaskState(torch.ones((), dtype=torch.float32, device="cpu" if is_meta else device))
 
 
 def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
@@ -105,7 +107,6 @@ class MaskedLayer(nn.Module):
     kind: MaskKind
     unit: Unit
     plan: str | None
-    mask_index: int  # this layer's key in MaskState.penalties
     _state: MaskState
     _slot: Slot
 
@@ -135,13 +136,21 @@ class MaskedLayer(nn.Module):
         if shape == tuple(weight.shape):  # weight's memory order, so that one pass reads both
             data = torch.empty_like(weight, dtype=dtype).copy_(data)
         self.scores = nn.Parameter(data)
-        self.mask_index = 0
         self._state = new_state(weight.device) if state is None else state
         self._slot = Slot()
+        self._bind_scores()
+
+    def _bind_scores(self) -> None:
+        """Tell MaskAdamW what the scores belong to."""
+        bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, self._slot))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a deep copy or an unpickled layer has scores of its own
+        self._bind_scores()
 
     def _remove_mask(self) -> None:
         """Back to an ordinary layer's attributes."""
-        del self.scores, self.kind, self.unit, self.plan, self.mask_index, self._state, self._slot
+        del self.scores, self.kind, self.unit, self.plan, self._state, self._slot
         self.__dict__.pop("base_class", None)
 
     # --- what a user asks ------------------------------------------------------------------------------------------
@@ -192,8 +201,8 @@ class MaskedLayer(nn.Module):
     def _collect(self, penalty: Tensor) -> None:
         penalties = self._state.penalties
         assert penalties is not None
-        if self.mask_index not in penalties:  # a layer that runs twice counts once
-            penalties[self.mask_index] = penalty
+        if self._slot.number not in penalties:  # a layer that runs twice counts once
+            penalties[self._slot.number] = penalty
 
     # --- device, dtype, loading ------------------------------------------------------------------------------------
 
@@ -209,7 +218,9 @@ class MaskedLayer(nn.Module):
             moved = fn(scores.data)
             wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             if moved.dtype != wanted:
-                moved = torch.empty_like(moved, dtype=wanted).copy_(scores.data)
+                moved = torch.empty_like(moved, dtype=wanted)
+                if not scores.is_meta:
+                    moved.copy_(scores.data)
             grad = scores.grad
             if torch._has_compatible_shallow_copy_type(scores, moved):  # pyright: ignore
                 scores.data = moved
@@ -221,13 +232,20 @@ class MaskedLayer(nn.Module):
             if beta.device != moved.device and not moved.is_meta:
                 beta.data = beta.data.to(moved.device)
         self._slot.release()
+        self._bind_scores()
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        scores = state_dict.get(prefix + "scores")
-        if isinstance(scores, Tensor) and not scores.is_meta and not bool(torch.isfinite(scores).all()):
-            raise ValueError(
-                f"load_state_dict: {prefix}scores has NaN or infinite entries; nothing of this layer is loaded"
-            )
+        for name in ("scores", "weight"):
+            tensor = state_dict.get(prefix + name)
+            if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"load_state_dict: {prefix}{name} has NaN or infinite entries; nothing of this layer is loaded "
+                    "(the layers before it are)"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        if self.scores.dtype != wanted:  # load_state_dict(assign=True) takes tensors as they come
+            self._parameters["scores"] = nn.Parameter(self.scores.detach().to(wanted), self.scores.requires_grad)
         self._slot.clear()
+        self._bind_scores()

@@ -83,8 +83,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             )
             check_fits(x, weight, args)
         beta = self._state.beta
-        if beta.dtype != scores.dtype:
-            beta = beta.to(scores.dtype)
         collects = self._collects()
         settings = Settings(self.current_kind, self.plan, None, self._slot, collects)
         out = run_masked_conv2d(x, weight, scores, beta, bias, args, settings)

@@ -13,6 +13,7 @@ from subnet_kernels.masks import MaskKind, expand_scores
 from .base import HARD, MaskedLayer, MaskState, Unit
 
 Masked = TypeVar("Masked", bound=MaskedLayer)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def check_can_mask(module: nn.Module, name: str) -> None:
@@ -50,18 +51,37 @@ def convert_in_place(
     return module  # type: ignore[return-value]
 
 
+def check_can_revert(module: MaskedLayer, name: str) -> type[nn.Module]:
+    """The ordinary class to go back to.
+
+    Raises:
+        TypeError: there is none (a MaskedHFConv1D built by hand: the ordinary class is transformers').
+    """
+    base_class = getattr(module, "base_class", None)
+    if base_class is None:
+        raise TypeError(f"{name}: was not made from an ordinary layer, so there is none to go back to")
+    return base_class
+
+
 def revert_in_place(module: MaskedLayer) -> nn.Module:
     """The ordinary layer again, in place.
 
     Raises:
         TypeError: it never was one (a MaskedHFConv1D built by hand: the ordinary class is transformers').
     """
-    base_class = getattr(module, "base_class", None)
-    if base_class is None:
-        raise TypeError(f"{type(module).__name__}: was not made from an ordinary layer, so there is none to go back to")
+    base_class = check_can_revert(module, type(module).__name__)
     module._remove_mask()
     module.__class__ = base_class
     return module
+
+
+def _shallow_twin(layer: AnyModule) -> AnyModule:
+    """A new module with the same parameters, and hook tables of its own."""
+    twin = copy.copy(layer)
+    for name, value in layer.__dict__.items():
+        if isinstance(value, dict):
+            twin.__dict__[name] = copy.copy(value)
+    return twin
 
 
 def from_layer(cls: type[Masked], layer: nn.Module, **kwargs: Any) -> Masked:
@@ -75,9 +95,7 @@ def from_layer(cls: type[Masked], layer: nn.Module, **kwargs: Any) -> Masked:
     unknown = set(kwargs) - {"kind", "score_init", "unit"}
     if unknown:
         raise TypeError(f"{cls.__name__}: unknown arguments {sorted(unknown)}; kind, score_init and unit are known")
-    twin = copy.copy(layer)
-    twin._parameters = dict(layer._parameters)
-    return convert_in_place(twin, cls, cls.__name__, **kwargs)
+    return convert_in_place(_shallow_twin(layer), cls, cls.__name__, **kwargs)
 
 
 def to_layer(layer: MaskedLayer, hard: bool) -> Any:
@@ -86,7 +104,7 @@ def to_layer(layer: MaskedLayer, hard: bool) -> Any:
     with torch.no_grad():
         m = expand_scores(kind.value(layer.scores, layer.beta), tuple(layer.weight.shape))
         masked = (layer.weight.to(m.dtype) * m).to(layer.weight.dtype)
-    twin = copy.copy(layer)
+    twin = _shallow_twin(layer)
     twin._parameters = {
         name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
         for name, p in layer._parameters.items()

@@ -83,8 +83,6 @@ def masked_linear_of(layer: MaskedLayer, x: Tensor, weight: Tensor, scores: Tens
         x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
         check_masked_linear(x, weight, scores, bias, cast_to is not None)
     beta = layer._state.beta
-    if beta.dtype != scores.dtype:
-        beta = beta.to(scores.dtype)
     slot = layer._slot
     if not layer._collects():
         return run_masked_linear(

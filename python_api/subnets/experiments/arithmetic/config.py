@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_FAST_BASE,
         "layers": (4,),
         "conditions": ("subnet", "full_model", "sampled", "random_init", "sampled_as_published"),
-        "sizes": (100, 250, 400, 640, 1000),
+        "sizes": (100, 250, 640, 1000),
         "transfer_seeds": 3,
     },
     "paper": {"layers": (2, 4, 6, 8, 10, 12)},
