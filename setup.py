@@ -96,6 +96,8 @@ class BuildExtension(build_ext):
                 return self.compile(ext, cxx, Path(torch_spec.origin).parent)
             except (OSError, subprocess.CalledProcessError) as error:
                 missing = f"the compiler failed ({error})"
+        if self.inplace:  # what an earlier build left is of other sources
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         message = f"subnet-kernels: built without the extension, because {missing}."
         if self.inplace and not getattr(self, "editable_mode", False):
             sys.exit(message)  # `setup.py build_ext --inplace` asks for the extension and nothing else
