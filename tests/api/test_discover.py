@@ -437,7 +437,7 @@ REFUSED_CALLS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, error, message", REFUSED_CALLS, ids=str)
+@pytest.mark.parametrize("arguments, error, message", REFUSED_CALLS)
 def test_a_bad_argument_is_refused_in_words_and_the_model_stays(arguments, error, message):
     model = network()
     before = snapshot(model)
@@ -453,7 +453,7 @@ def test_a_bad_argument_is_refused_in_words_and_the_model_stays(arguments, error
     (dict(beta_end=0.5), ValueError), (dict(reduction="max"), ValueError), (dict(beta_schedule="linear"), ValueError),
     (dict(anneal="never"), ValueError), (dict(kind="hard"), ValueError), (dict(kind="soft"), ValueError),
     (dict(score_init=float("inf")), ValueError), (dict(seed="0"), TypeError), (dict(checkpoint=3), TypeError),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_bad_setting_is_refused_where_it_is_written_down(setting, error):
     with pytest.raises(error):
         DiscoveryConfig(**setting)

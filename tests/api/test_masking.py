@@ -64,7 +64,7 @@ TARGETS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("targets, exclude, expected", TARGETS, ids=str)
+@pytest.mark.parametrize("targets, exclude, expected", TARGETS)
 def test_targets_and_exclude_name_layers_by_regex_name_type_or_family(targets, exclude, expected):
     model = Net()
     masks = mask_model(model, targets, exclude)
@@ -99,7 +99,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("new, arguments, message", REFUSED, ids=str)
+@pytest.mark.parametrize("new, arguments, message", REFUSED)
 def test_what_cannot_be_masked_is_refused_in_words_and_leaves_the_model_as_it_was(new, arguments, message):
     model = new()
     kinds = [type(module) for module in model.modules()]
