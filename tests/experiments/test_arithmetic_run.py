@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import subnets
+import torch
 from subnets.cli import main
 from subnets.experiments.arithmetic.config import CONDITIONS, ArithmeticConfig, make_config
 from subnets.experiments.arithmetic.run import run
@@ -107,7 +108,11 @@ def test_a_killed_process_started_again_ends_in_the_same_numbers(finished: Path,
     sets = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "subnets.cli", "run", "arithmetic", "--preset", "paper", "--out", str(folder)]
     roots = Path(subnets.__path__[0]).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(roots), str(roots.parent)])}
+    threads = str(torch.get_num_threads())  # the same numbers need the same number of threads
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(roots), str(roots.parent)]), "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }  # fmt: skip
     for awaited in ("layers1/base.safetensors", "layers1/transfer_000_n10.json"):
         process = subprocess.Popen([*command, *sets, "--quiet"], env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

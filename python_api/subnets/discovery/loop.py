@@ -130,8 +130,11 @@ def _check_arguments(
             raise TypeError(f"discover: callbacks must be functions (row, masks), got {type(callback).__name__}")
     if config.checkpoint is not None and Path(config.checkpoint).is_dir():
         raise ValueError(f"discover: checkpoint must be a file's path, {config.checkpoint} is a folder")
-    if config.checkpoint is not None and not Path(config.checkpoint).absolute().parent.is_dir():
-        raise ValueError(f"discover: checkpoint {config.checkpoint} can't be written: its folder does not exist")
+    if config.checkpoint is not None:
+        try:
+            Path(config.checkpoint).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"discover: checkpoint {config.checkpoint} can't be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
