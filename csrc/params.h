@@ -11,7 +11,7 @@ enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 constexpr int kMaxDims = 8;                // dimensions of a weight
 constexpr int64_t kChunk = 16384;          // elements per partial sum: fixed, so sums do not depend on the thread count
-constexpr int64_t kGrain = 65536;          // elements that are worth a thread of their own
+constexpr int64_t kGrain = 32768;          // elements that are worth a thread of their own
 
 // How scores of any unit lie over a dense weight, seen in the order in which the weight's elements are stored.
 // `mask position` counts scores in that same order, densely.
