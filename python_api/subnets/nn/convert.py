@@ -71,7 +71,7 @@ def revert_in_place(module: MaskedLayer) -> nn.Module:
     """
     base_class = check_can_revert(module, type(module).__name__)
     module._remove_mask()
-    module.__class__ = base_class
+    module.__class__ = base_class  # pyright: ignore
     return module
 
 

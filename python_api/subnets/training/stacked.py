@@ -129,6 +129,7 @@ class StackedGPT2:
         """Language-model loss [P] of sequences int64 [P, B, 4]; fills `grads` with each member's own gradient."""
         inputs, targets = sequences[..., :-1], sequences[..., 1:].flatten(1)
         tape = self._forward(inputs, noise)
+        assert tape.normed_f is not None
         logits = torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2))
         probabilities = torch.softmax(logits, dim=-1)
         right = probabilities.gather(-1, targets[..., None])
@@ -141,6 +142,7 @@ class StackedGPT2:
     def answers(self, sequences: Tensor) -> Tensor:
         """The argmax over the vocabulary at the separator, int64 [P, B], without dropout."""
         tape = self._forward(sequences[..., :-1], None, answers_only=True)
+        assert tape.normed_f is not None
         return torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2)).argmax(-1)
 
     # ------------------------------------------------------------------ forward
@@ -224,6 +226,7 @@ class StackedGPT2:
 
     def _backward(self, tape: _Tape, grad_logits: Tensor) -> None:
         shape, grads = self.shape, self.grads
+        assert tape.normed_f is not None and tape.norm_f is not None
         torch.bmm(grad_logits.transpose(1, 2), tape.normed_f, out=grads["wte.weight"])
         grad = torch.bmm(grad_logits, self.params["wte.weight"])
         grad = self._norm_backward("ln_f", grad, tape.norm_f)
@@ -274,7 +277,9 @@ class StackedGPT2:
         grad_scores = torch.bmm(grad, v.transpose(1, 2))
         if tape.drop_attention is not None:
             grad_scores = grad_scores.mul_(tape.drop_attention)
-        grad_scores = torch._softmax_backward_data(grad_scores, tape.probabilities, -1, torch.float32)
+        grad_scores = torch._softmax_backward_data(  # pyright: ignore
+            grad_scores, tape.probabilities, -1, torch.float32
+        )
         grad_scores = grad_scores.mul_(1.0 / math.sqrt(width // heads))
         _mix(grad_scores, k, out=grad_qkv[0])
         _mix(grad_scores.transpose(1, 2), q, out=grad_qkv[1])

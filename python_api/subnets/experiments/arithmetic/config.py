@@ -121,7 +121,8 @@ class ArithmeticConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"ArithmeticConfig: unknown keys {unknown}; known are {', '.join(sorted(known))}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
 
 
 _POSITIVE = (
