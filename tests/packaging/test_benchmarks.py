@@ -163,8 +163,8 @@ def test_gpu_check_without_a_gpu_says_so_and_exits_2(capsys: pytest.CaptureFixtu
 def test_gpu_check_goes_on_after_a_failure_writes_six_files_and_exits_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(session: gpu_check.Session) -> None:
-        session.take(iter([("fine", 0.5), ("off by a little", 1.5), ("not a number", float("nan"))]))
+    def broken(check: gpu_check.Check) -> None:
+        check.take(iter([("fine", 0.5), ("off by a little", 1.5), ("not a number", float("nan"))]))
         raise RuntimeError("launch failed")
 
     sections = (("broken", broken, 0), ("late", broken, 1e9), ("ceilings", gpu_check.measure_ceilings, 0))
