@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Masked(NamedTuple):
     weight: Tensor
     beta: Tensor
     kind: MaskKind
-    slot: Slot
+    slot: weakref.ref[Slot]  # weak: a slot keeps its scores alive, which are the key under which this is found
 
 
 _masked = WeakTensorKeyDictionary()  # not attributes of the parameters: those would follow them into saved files

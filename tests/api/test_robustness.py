@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -149,3 +151,15 @@ def test_a_mask_kind_of_ones_own_runs_everywhere_on_the_reference():
     total.backward()
     assert total.item() == pytest.approx(12 * 0.6) and model[0].scores.grad.unique().item() == pytest.approx(0.25)
     assert sk.mask(torch.zeros(1), 1.0, kind="clipped").item() == 0.5
+
+
+def test_a_masked_model_that_nobody_holds_is_freed_with_its_scores():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    masks = mask_model(model)
+    optimizer = masks.adamw(lam=1e-3)
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    dead = [weakref.ref(tensor) for tensor in model.parameters()]
+    del model, masks, optimizer
+    gc.collect()
+    assert all(reference() is None for reference in dead)

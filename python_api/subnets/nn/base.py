@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +143,7 @@ class MaskedLayer(nn.Module):
 
     def _bind_scores(self) -> None:
         """Tell MaskAdamW what the scores belong to."""
-        bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, self._slot))
+        bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, weakref.ref(self._slot)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # a deep copy or an unpickled layer has scores of its own
