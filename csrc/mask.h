@@ -21,6 +21,10 @@ namespace subnet {
 
 enum class Kind : int { sigmoid = 0, hard = 1 };
 
+// A sigmoid below this is 0. Kept, it would make subnormal weights and gradients, which the matrix products of a CPU
+// multiply a hundred times slower (docs/design.md).
+constexpr float kNegligible = 0x1p-100f;
+
 template <class Math>
 struct Mask {
   using Float = typename Math::Float;
@@ -35,7 +39,8 @@ struct Mask {
   static SUBNET_INLINE Pair sigmoid_pair(Float z) {
     const Float e = Math::exp_minus(Math::absolute(z));
     const Float above = Math::reciprocal_1p(e);
-    return {above, e * above};
+    const Float below = e * above;
+    return {above, Math::where_positive((Float{} + kNegligible) - below, Float{}, below)};  // a NaN stays
   }
 
   // sigmoid: m = 1/(1 + exp(-beta*s)).   hard: m = 1[s > 0]; a score of exactly 0 is out.

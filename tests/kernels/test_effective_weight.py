@@ -135,3 +135,15 @@ def test_kinds_are_frozen_and_found_by_name():
     assert as_kind("hard") == Hard() and as_kind(Sigmoid()) == Sigmoid() and Sigmoid().params() == []
     with pytest.raises(AttributeError):
         Sigmoid().name_of_something = 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_saturated_masks_leave_no_subnormal_weights_or_gradients(backend):
+    weight = torch.full((1, 24_001), 1e-3)
+    scores = torch.linspace(-1.2, 1.2, 24_001).view(1, -1).requires_grad_()
+    with sk.use_backend(backend):
+        w_eff, penalty = sk.effective_weight(weight, scores, 100.0)
+        (w_eff.sum() + penalty).backward()
+    for tensor in (w_eff.detach(), scores.grad):
+        assert not ((tensor != 0) & (tensor.abs() < 2.0**-126)).any()
+    assert (w_eff == 0).sum() > 4000 and (scores.grad == 0).sum() > 8000
