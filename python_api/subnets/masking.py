@@ -247,8 +247,7 @@ class MaskSet:
         optimizer.register_step_post_hook(lambda *_: self.step())
         return optimizer
 
-    @contextlib.contextmanager
-    def collect_penalty(self) -> Iterator[Callable[[], Tensor]]:
+    def collect_penalty(self) -> PenaltyCollection:
         """``with masks.collect_penalty() as penalty: loss = task(model(x))``; ``(loss + lam*penalty()).backward()``.
 
         penalty() is the raw sum of the masks over all masked weights, 0-d: a layer that ran twice counts once, one that
@@ -257,32 +256,7 @@ class MaskSet:
         Raises:
             RuntimeError: entered twice, inside disabled(), called twice, or a layer ran without grad inside it.
         """
-        state = self._state
-        if state.penalties is not None:
-            raise RuntimeError("collect_penalty: entered twice; one block may be open at a time")
-        if state.is_disabled:
-            raise RuntimeError("collect_penalty: inside disabled() there is no penalty; leave disabled() first")
-        collected: dict[int, Tensor] = {}
-        used: list[bool] = []
-
-        def penalty() -> Tensor:
-            if used:
-                raise RuntimeError("collect_penalty: penalty() was called twice; call it once, before backward")
-            used.append(True)
-            terms = [
-                collected[layer._slot.number] if layer._slot.number in collected else _penalty_of(layer)
-                for layer in self.layers.values()
-            ]
-            collected.clear()
-            if len(terms) == 1:
-                return terms[0]
-            return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
-
-        state.penalties = collected
-        try:
-            yield penalty
-        finally:
-            state.penalties = None
+        return PenaltyCollection(self)
 
     # --- what the masks say ------------------------------------------------------------------------------------------
 
@@ -483,6 +457,43 @@ class MaskSet:
     def __repr__(self) -> str:
         state = "hard" if self.is_hard else f"beta {self.beta:g}"
         return f"MaskSet({len(self.layers)} layers, {state}, density {self.density():.3f})"
+
+
+class PenaltyCollection:
+    """What :meth:`MaskSet.collect_penalty` returns: a context, and the function ``penalty()``. A class, because a
+    generator's context costs more than a small layer's mask."""
+
+    __slots__ = ("_collected", "_is_used", "_masks")
+
+    def __init__(self, masks: MaskSet) -> None:
+        self._masks, self._is_used = masks, False
+        self._collected: dict[int, Tensor] = {}
+
+    def __enter__(self) -> PenaltyCollection:
+        state = self._masks._state
+        if state.penalties is not None:
+            raise RuntimeError("collect_penalty: entered twice; one block may be open at a time")
+        if state.is_disabled:
+            raise RuntimeError("collect_penalty: inside disabled() there is no penalty; leave disabled() first")
+        state.penalties = self._collected
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._masks._state.penalties = None
+
+    def __call__(self) -> Tensor:
+        if self._is_used:
+            raise RuntimeError("collect_penalty: penalty() was called twice; call it once per block, before backward")
+        self._is_used = True
+        collected = self._collected
+        terms = []
+        for layer in self._masks.layers.values():
+            term = collected.get(layer._slot.number)
+            terms.append(_penalty_of(layer) if term is None else term)
+        collected.clear()
+        if len(terms) == 1:
+            return terms[0]
+        return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
 
 
 def _read_schedule(values: Mapping[str, Any]) -> Schedule:
