@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .backends.base import Call
-from .dispatch import choose
+from .dispatch import choose_for
 from .masks import MaskKind, weights_per_score
 from .slots import Slot
 
@@ -126,8 +125,8 @@ def _add_penalty_gradients(params: list[Tensor], lam: float) -> None:
         if scores.grad is None:
             scores.grad = torch.zeros_like(scores)
         kind = masked.kind
-        call = Call("add_penalty_grad", scores.device.type, scores.dtype, scores.dtype, kind.name, None, scores.dim())
-        batch = batches.setdefault((choose(call), kind, id(masked.beta), masked.beta, scores.dtype), ([], [], []))
+        backend = choose_for("add_penalty_grad", scores, scores, kind.name, scores.dtype)
+        batch = batches.setdefault((backend, kind, id(masked.beta), masked.beta, scores.dtype), ([], [], []))
         batch[0].append(scores.grad)
         batch[1].append(scores)
         batch[2].append(weights_per_score(tuple(masked.weight.shape), tuple(scores.shape)))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from subnet_kernels.backends.base import Call
-from subnet_kernels.dispatch import choose
+from subnet_kernels.backends.base import Backend
+from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
@@ -341,7 +341,7 @@ class MaskSet:
         densities = self.density(per_layer=True)
         return [
             {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
-             "runs": runs[name], "backend": choose(_call_of(layer, layer.weight.dtype)).name}
+             "runs": runs[name], "backend": _backend_of(layer, layer.weight.dtype).name}
             for name, layer in self.layers.items()
         ]
 
@@ -384,7 +384,7 @@ class MaskSet:
             if (kept := layer._slot.w_eff) is None:
                 continue
             weight, scores = _outputs_first(layer)
-            backend = choose(_call_of(layer, kept.dtype))
+            backend = _backend_of(layer, kept.dtype)
             if not layer._slot.is_exact(weight, scores, self._state.beta, layer.current_kind, kept.dtype, backend):
                 stale.append(name)
         if stale:
@@ -516,13 +516,9 @@ def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.scores
 
 
-def _call_of(layer: MaskedLayer, dtype: torch.dtype) -> Call:
+def _backend_of(layer: MaskedLayer, dtype: torch.dtype) -> Backend:
     op = "masked_conv2d" if layer.weight.dim() == 4 else "masked_linear"
-    weight = layer.weight
-    return Call(
-        op, weight.device.type, weight.dtype, dtype, layer.current_kind.name, layer.plan, weight.dim(),
-        weight.shape == layer.scores.shape,
-    )  # fmt: skip
+    return choose_for(op, layer.weight, layer.scores, layer.current_kind.name, dtype, layer.plan)
 
 
 def _penalty_of(layer: MaskedLayer) -> Tensor:
