@@ -256,6 +256,116 @@ void grad_scores(const std::optional<Tensor>& grad_w_eff_, const std::optional<T
         [&](int64_t begin, int64_t end) { kernels.grad_scores_flat(params, begin, end); });
 }
 
+// ---- linear, few rows of x
+
+struct LinearSizes {
+  int64_t m, n, k;
+};
+
+// A contiguous fp32 tensor of `count` elements.
+float* floats_of(const char* op, const char* name, const Tensor& tensor, int64_t count) {
+  const View view = view_of_float32(op, name, tensor, cpu());
+  STD_TORCH_CHECK(tensor.is_contiguous() && numel(view) == count, op, ": ", name, " must be contiguous with ", count,
+                  " elements, got shape ", text(view.ndim, view.size), " and strides ", text(view.ndim, view.stride));
+  return reinterpret_cast<float*>(view.data);
+}
+
+// Sizes of x [..., k] and weight [n, k].
+LinearSizes linear_sizes(const char* op, const Tensor& x_, const Tensor& weight_) {
+  const View x = view_of_float32(op, "x", x_, cpu());
+  const View weight = view_of_float32(op, "weight", weight_, cpu());
+  STD_TORCH_CHECK(weight.ndim == 2 && numel(weight) > 0 && x.ndim >= 1 && x.size[x.ndim - 1] == weight.size[1], op,
+                  ": weight must be a non-empty [N, K] and x [..., K], got ", text(weight.ndim, weight.size), " and ",
+                  text(x.ndim, x.size));
+  const LinearSizes sizes{numel(x) / weight.size[1], weight.size[0], weight.size[1]};
+  STD_TORCH_CHECK(sizes.m >= 1 && sizes.m <= subnet::kLinearMostRows, op, ": x must have 1 to ",
+                  subnet::kLinearMostRows, " rows, got ", sizes.m);
+  return sizes;
+}
+
+// Blocks of rows of weight over the threads; a block counts by its weights and by its share of the product.
+template <class Body>
+void split_linear(const LinearSizes& sizes, const Body& body) {
+  const int64_t work = subnet::kLinearBlock * sizes.k * (1 + sizes.m / 16);
+  split(ceil_div(sizes.n, subnet::kLinearBlock), ceil_div(kGrain, work), body);
+}
+
+void run_linear(subnet::MaskedLinear& params, const LinearSizes& sizes) {
+  params.m = sizes.m, params.n = sizes.n, params.k = sizes.k;
+  Workspace<float, 256> packed(subnet::linear_packed_size(sizes.m, sizes.k));
+  params.packed = packed.data();
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(sizes.k, ceil_div(kGrain / 4, sizes.m),
+        [&](int64_t begin, int64_t end) { kernels.masked_linear_pack(params, begin, end); });
+  split_linear(sizes, [&](int64_t begin, int64_t end) { kernels.masked_linear(params, begin, end); });
+}
+
+void masked_linear(const Tensor& x, const Tensor& weight, const Tensor& scores, const Tensor& beta,
+                   const std::optional<Tensor>& bias, const Tensor& w_eff, const Tensor& penalty, const Tensor& out) {
+  const char* op = "masked_linear";
+  const LinearSizes sizes = linear_sizes(op, x, weight);
+  check_shape(op, view_of_float32(op, "scores", scores, cpu()), view_of_float32(op, "weight", weight, cpu()));
+  const int64_t num_weights = sizes.n * sizes.k;
+  subnet::MaskedLinear params{};
+  params.x = floats_of(op, "x", x, sizes.m * sizes.k);
+  params.weight = floats_of(op, "weight", weight, num_weights);
+  params.scores = floats_of(op, "scores", scores, num_weights);
+  params.bias = bias ? floats_of(op, "bias", *bias, sizes.n) : nullptr;
+  params.w_eff = floats_of(op, "w_eff", w_eff, num_weights);
+  params.out = floats_of(op, "out", out, sizes.m * sizes.n);
+  for (const Tensor* in : {&x, &weight, &scores}) {
+    check_disjoint(op, view_of(op, "w_eff", w_eff, cpu()), view_of(op, "an input", *in, cpu()));
+    check_disjoint(op, view_of(op, "out", out, cpu()), view_of(op, "an input", *in, cpu()));
+  }
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  float* to = scalar_of(op, "penalty", penalty, cpu());
+  const int64_t num_blocks = ceil_div(sizes.n, subnet::kLinearBlock);
+  Partials partials(num_blocks);
+  params.partials = partials.data();
+  run_linear(params, sizes);
+  *to = (float)add_up(params.partials, num_blocks);
+}
+
+void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  const char* op = "linear";
+  const LinearSizes sizes = linear_sizes(op, x, weight);
+  subnet::MaskedLinear params{};
+  params.x = floats_of(op, "x", x, sizes.m * sizes.k);
+  params.w_eff = floats_of(op, "weight", weight, sizes.n * sizes.k);
+  params.bias = bias ? floats_of(op, "bias", *bias, sizes.n) : nullptr;
+  params.out = floats_of(op, "out", out, sizes.m * sizes.n);
+  for (const Tensor* in : {&x, &weight}) {
+    check_disjoint(op, view_of(op, "out", out, cpu()), view_of(op, "an input", *in, cpu()));
+  }
+  run_linear(params, sizes);
+}
+
+void linear_grad_scores(const Tensor& grad_out, const std::optional<Tensor>& grad_penalty, const Tensor& x,
+                        const Tensor& weight, const Tensor& scores, const Tensor& beta, const Tensor& grad_scores) {
+  const char* op = "linear_grad_scores";
+  const LinearSizes sizes = linear_sizes(op, x, weight);
+  check_shape(op, view_of_float32(op, "scores", scores, cpu()), view_of_float32(op, "weight", weight, cpu()));
+  const int64_t num_weights = sizes.n * sizes.k;
+  subnet::LinearGradScores params{};
+  params.m = sizes.m, params.n = sizes.n, params.k = sizes.k;
+  params.grad_out = floats_of(op, "grad_out", grad_out, sizes.m * sizes.n);
+  params.x = floats_of(op, "x", x, sizes.m * sizes.k);
+  params.weight = floats_of(op, "weight", weight, num_weights);
+  params.scores = floats_of(op, "scores", scores, num_weights);
+  params.grad_scores = floats_of(op, "grad_scores", grad_scores, num_weights);
+  for (const Tensor* in : {&grad_out, &x, &weight, &scores}) {
+    check_disjoint(op, view_of(op, "grad_scores", grad_scores, cpu()), view_of(op, "an input", *in, cpu()));
+  }
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.grad_penalty = grad_penalty ? *scalar_of(op, "grad_penalty", *grad_penalty, cpu()) : 0.0f;
+  Workspace<float, 256> packed(subnet::linear_packed_size(sizes.k, sizes.m));
+  params.packed = packed.data();
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(sizes.m, ceil_div(kGrain / 4, sizes.k),
+        [&](int64_t begin, int64_t end) { kernels.linear_grad_scores_pack(params, begin, end); });
+  split_linear(sizes, [&](int64_t begin, int64_t end) { kernels.linear_grad_scores(params, begin, end); });
+}
+
 // ---- add_penalty_grad
 
 void add_penalty_grad(const std::vector<Tensor>& grads_, const std::vector<Tensor>& scores_,
@@ -407,6 +517,8 @@ Tensor unpack_mask(const Tensor& packed, int64_t num) {
 
 // ---- capability
 
+int64_t fused_linear_rows() { return subnet::cpu_kernels().fused_linear_rows; }
+
 std::string cpu_capability() { return subnet::cpu_kernels().name; }
 
 void set_cpu_capability(const std::string& name) {
@@ -424,10 +536,16 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " Tensor(b!) penalties) -> ()");
   m.def("grad_scores(Tensor? grad_w_eff, Tensor? grad_penalty, Tensor weight, Tensor scores, Tensor beta, int kind,"
         " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
+  m.def("masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias,"
+        " Tensor(a!) w_eff, Tensor(b!) penalty, Tensor(c!) out) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_grad_scores(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor scores,"
+        " Tensor beta, Tensor(a!) grad_scores) -> ()");
   m.def("add_penalty_grad(Tensor(a!)[] grads, Tensor[] scores, int[] weights_per_score, Tensor beta, float lam,"
         " int kind) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
+  m.def("fused_linear_rows() -> int");
   m.def("cpu_capability() -> str");
   m.def("set_cpu_capability(str name) -> ()");
 }
@@ -436,6 +554,9 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("effective_weight", TORCH_BOX(&effective_weight));
   m.impl("effective_weights", TORCH_BOX(&effective_weights));
   m.impl("grad_scores", TORCH_BOX(&grad_scores));
+  m.impl("masked_linear", TORCH_BOX(&masked_linear));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_grad_scores", TORCH_BOX(&linear_grad_scores));
   m.impl("add_penalty_grad", TORCH_BOX(&add_penalty_grad));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
@@ -449,6 +570,7 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CUDA, m) {
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(subnet_native, CompositeExplicitAutograd, m) {
+  m.impl("fused_linear_rows", TORCH_BOX(&fused_linear_rows));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("set_cpu_capability", TORCH_BOX(&set_cpu_capability));
 }

@@ -56,6 +56,37 @@ struct GradScores {
   const Layout* layout;
 };
 
+constexpr int64_t kLinearRows = 6;         // rows of weight that a register tile of the linear kernels holds
+constexpr int64_t kLinearBlock = 48;       // rows of weight that are a thread's unit of work in them
+constexpr int64_t kLinearMostRows = 96;    // rows of x that they take
+
+// out = x @ (weight * m).T + bias, w_eff = weight * m and sum(m); everything contiguous fp32, scores of weight's shape,
+// kind sigmoid. Without scores: out = x @ w_eff.T + bias of the w_eff that is given, in the same arithmetic.
+struct MaskedLinear {
+  const float* x;                          // [m, k]
+  const float* weight;                     // [n, k]; not read without scores
+  const float* scores;                     // [n, k]; null: none
+  const float* bias;                       // [n]; null: none
+  float* w_eff;                            // [n, k]
+  float* out;                              // [m, n]
+  float* packed;                           // workspace: linear_packed_size(m, k)
+  double* partials;                        // one sum of the mask per kLinearBlock rows; null without scores
+  int64_t m, n, k;
+  float beta;
+};
+
+// grad_scores = ((grad_out.T @ x) * weight + grad_penalty) * slope(scores); the same restrictions, kind sigmoid.
+struct LinearGradScores {
+  const float* grad_out;                   // [m, n]
+  const float* x;                          // [m, k]
+  const float* weight;                     // [n, k]
+  const float* scores;                     // [n, k]
+  float* grad_scores;                      // [n, k]
+  float* packed;                           // workspace: linear_packed_size(k, m)
+  int64_t m, n, k;
+  float beta, grad_penalty;
+};
+
 // grads += scale * slope(scores), scale = lam * weights per score.
 struct AddPenaltyGrad {
   const float* scores;

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .backends.base import Backend
 from .dispatch import forced_backend
 from .masks import MaskKind
+
+Made = TypeVar("Made")
 
 _generation = 0  # part of every key; raised to clear all slots at once
 _is_hook_registered = False
@@ -94,27 +97,32 @@ class Slot:
         """Whether the buffers hold the effective weight of exactly these."""
         return self._key is not None and self._key == self._key_of(weight, scores, beta, kind, dtype)
 
-    def get(
-        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        """(w_eff, penalty) of these, made by ``backend`` unless they are here already. Call it without grad.
-
-        In inference mode a stale slot is left alone and a temporary pair is returned: inference tensors can't be saved
-        for a later backward pass.
-        """
+    def lookup(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """The buffers (w_eff, penalty) if they hold those of exactly these, else None."""
         if weight.is_inference() or scores.is_inference() or beta.is_inference():  # no version counter to key on
-            return backend.effective_weight(weight, scores, beta, kind, dtype)
-        key = self._key_of(weight, scores, beta, kind, dtype)
-        if key == self._key:
-            assert self.w_eff is not None and self.penalty is not None
-            return self.w_eff, self.penalty
-        if torch.is_inference_mode_enabled():
-            return backend.effective_weight(weight, scores, beta, kind, dtype)
+            return None
+        if self._key is None or self._key != self._key_of(weight, scores, beta, kind, dtype):
+            return None
+        assert self.w_eff is not None and self.penalty is not None
+        return self.w_eff, self.penalty
+
+    def fill(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+        make: Callable[[tuple[Tensor, Tensor] | None], Made],
+    ) -> Made:
+        """What ``make(buffers)`` returns, after it has written w_eff and penalty of these there. Call it without grad.
+
+        In inference mode the slot is left alone and ``make`` is given None: inference tensors can't be saved for a
+        later backward pass.
+        """
+        if torch.is_inference_mode_enabled() or weight.is_inference() or scores.is_inference() or beta.is_inference():
+            return make(None)
         self._key = None
-        w_eff, penalty = backend.effective_weight(weight, scores, beta, kind, dtype, self.buffers(weight, dtype))
-        self._key = key
-        self._kept = weight, scores
-        return w_eff, penalty
+        made = make(self.buffers(weight, dtype))
+        self.mark_fresh(weight, scores, beta, kind, dtype)
+        return made
 
     def buffers(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""

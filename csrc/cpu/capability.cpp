@@ -7,20 +7,22 @@
 namespace subnet {
 namespace {
 
-#define SUBNET_TABLE(capability)                                                                                     \
+#define SUBNET_TABLE(capability, fused_linear_rows)                                                                  \
   {                                                                                                                  \
-    #capability, capability::effective_weight_flat, capability::effective_weight_mask,                               \
+    #capability, fused_linear_rows, capability::effective_weight_flat, capability::effective_weight_mask,            \
         capability::effective_weight_rows, capability::grad_scores_flat, capability::grad_scores_reduce,             \
-        capability::grad_scores_finish, capability::add_penalty_grad, capability::pack_mask, capability::unpack_mask \
+        capability::grad_scores_finish, capability::masked_linear_pack, capability::masked_linear,                   \
+        capability::linear_grad_scores_pack, capability::linear_grad_scores, capability::add_penalty_grad,           \
+        capability::pack_mask, capability::unpack_mask                                                               \
   }
 
 // Best first.
 const CpuKernels kTables[] = {
 #if defined(SUBNET_X86)
-    SUBNET_TABLE(avx512),
-    SUBNET_TABLE(avx2),
+    SUBNET_TABLE(avx512, kLinearMostRows),
+    SUBNET_TABLE(avx2, 16),
 #endif
-    SUBNET_TABLE(portable),
+    SUBNET_TABLE(portable, 0),
 };
 
 bool is_supported(const char* name) {

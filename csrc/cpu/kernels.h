@@ -7,6 +7,7 @@ namespace subnet {
 
 struct CpuKernels {
   const char* name;
+  int64_t fused_linear_rows;  // up to so many rows of x, masked_linear and linear_grad_scores beat a BLAS after a pass
   // Flat: weights [chunk_begin*kChunk, chunk_end*kChunk) of w_eff, and their partial sums.
   void (*effective_weight_flat)(const EffectiveWeight&, int64_t chunk_begin, int64_t chunk_end);
   // Not flat, first: mask positions [chunk_begin*kChunk, ...) of `mask`, and their partial sums.
@@ -19,6 +20,13 @@ struct CpuKernels {
   void (*grad_scores_reduce)(const GradScores&, int64_t part_begin, int64_t part_end);
   // Not flat: gradients of the mask positions [begin, end) from the sums.
   void (*grad_scores_finish)(const GradScores&, int64_t begin, int64_t end);
+  // Few rows of x, a product fused with the pass over its weight. `pack` comes first and fills p.packed, for steps [begin,
+  // end) of k (forward) or m (backward); then blocks of
+  // kLinearBlock rows of weight.
+  void (*masked_linear_pack)(const MaskedLinear&, int64_t begin, int64_t end);
+  void (*masked_linear)(const MaskedLinear&, int64_t block_begin, int64_t block_end);
+  void (*linear_grad_scores_pack)(const LinearGradScores&, int64_t begin, int64_t end);
+  void (*linear_grad_scores)(const LinearGradScores&, int64_t block_begin, int64_t block_end);
   // Mask positions [begin, end).
   void (*add_penalty_grad)(const AddPenaltyGrad&, int64_t begin, int64_t end);
   // Bytes [begin, end) of the packed mask.
@@ -34,6 +42,10 @@ struct CpuKernels {
   void grad_scores_flat(const GradScores&, int64_t, int64_t);                       \
   void grad_scores_reduce(const GradScores&, int64_t, int64_t);                     \
   void grad_scores_finish(const GradScores&, int64_t, int64_t);                     \
+  void masked_linear_pack(const MaskedLinear&, int64_t, int64_t);                   \
+  void masked_linear(const MaskedLinear&, int64_t, int64_t);                        \
+  void linear_grad_scores_pack(const LinearGradScores&, int64_t, int64_t);          \
+  void linear_grad_scores(const LinearGradScores&, int64_t, int64_t);               \
   void add_penalty_grad(const AddPenaltyGrad&, int64_t, int64_t);                   \
   void pack_mask(const PackMask&, int64_t, int64_t);                                \
   void unpack_mask(const UnpackMask&, int64_t, int64_t);                            \
@@ -44,6 +56,9 @@ SUBNET_DECLARE_CAPABILITY(portable)
 SUBNET_DECLARE_CAPABILITY(avx2)
 SUBNET_DECLARE_CAPABILITY(avx512)
 #endif
+
+// Floats of workspace for a packed matrix of that many columns and steps, whatever the capability.
+inline int64_t linear_packed_size(int64_t columns, int64_t steps) { return (columns + 15) / 16 * 16 * steps; }
 
 // The best kernels that this processor runs, unless force_cpu_kernels chose others.
 const CpuKernels& cpu_kernels();

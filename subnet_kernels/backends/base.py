@@ -96,18 +96,23 @@ class Backend:
 
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
-        plan: str | None,
+        plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(out, penalty, the effective weight to keep for the backward pass or None: it is made again there)."""
-        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype)
-        return F.linear(x, w_eff, bias), penalty, None if plan == "fused" else w_eff
+        """(out, penalty, the effective weight to keep for the backward pass or None: it is made again there); the
+        effective weight and the penalty are written into ``buffers`` if given."""
+        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
+        return self.linear(x, w_eff, bias, kind), penalty, None if plan == "fused" else w_eff
+
+    def linear(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind) -> Tensor:
+        """The product of masked_linear with an effective weight that is there already; the same bits as there."""
+        return F.linear(x, w_eff, bias)
 
     def masked_linear_backward(
         self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
         beta: Tensor, w_eff: Tensor | None, kind: MaskKind, needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients (x, weight, scores, bias); None for what is not needed or has no gradient."""
-        grad_x = grad_bias = grad_w_eff = None
+        grad_x = grad_bias = rows = columns = None
         if grad_out is not None:
             rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
             if needs.x:
@@ -118,25 +123,36 @@ class Backend:
                     grad_x = grad_x.view(x.shape)
             if needs.weight or (needs.scores and kind.is_trainable):
                 columns = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-                if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
-                    grad_w_eff = columns.t().mm(rows).t()
-                else:
-                    grad_w_eff = rows.t().mm(columns)
             if needs.bias:
                 grad_bias = rows.sum(0)
-        grad_scores, grad_weight = self.grad_scores(
-            grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
+        grad_scores, grad_weight = self.linear_grad_scores(
+            rows, columns, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight
         )
         return grad_x, grad_weight, grad_scores, grad_bias
+
+    def linear_grad_scores(
+        self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """grad_scores of ``grad_w_eff = grad_out.T @ x`` ([M, N] and [M, K]; x is None where nothing needs it)."""
+        grad_w_eff = None
+        if grad_out is not None and x is not None:
+            if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
+                grad_w_eff = x.t().mm(grad_out).t()
+            else:
+                grad_w_eff = grad_out.t().mm(x)
+        return self.grad_scores(
+            grad_w_eff, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight, may_overwrite=True
+        )
 
     # --- convolution ----------------------------------------------------------------------------------------------
 
     def masked_conv2d(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
-        kind: MaskKind, plan: str | None,
+        kind: MaskKind, plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As masked_linear."""
-        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype)
+        w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
         out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
         return out, penalty, None if plan == "fused" else w_eff
 

@@ -37,6 +37,24 @@ def has_cuda_kernels() -> bool:
     return is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("subnet_native::effective_weights", "CUDA")
 
 
+@functools.cache
+def fused_linear_rows() -> int:
+    """Up to so many rows of x, linear products run fused with the pass over their weight, on this processor."""
+    return torch.ops.subnet_native.fused_linear_rows()
+
+
+def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
+    """Whether the linear kernels for few rows serve these: everything fp32 and contiguous, scores of weight's shape. A
+    hard mask stays with F.linear, so that its outputs are those of the layer without mask to the bit."""
+    num = weights[0].numel()
+    return (
+        kind.name == "sigmoid" and num > 0 and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
+        and x.dtype == torch.float32 and x.is_contiguous() and all(
+            w.dtype == torch.float32 and w.is_contiguous() and w.numel() == num for w in weights
+        )
+    )  # fmt: skip
+
+
 def _with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
     return grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
 
@@ -159,6 +177,43 @@ class NativeBackend(Backend):
         if wants_scores and given is not scores:  # back to the strides that the caller's scores have
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
+
+    def masked_linear(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.name != "cpu" or not _is_fused(kind, x, weight, scores):
+            return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+        w_eff, penalty = (torch.empty_like(weight), torch.empty_like(beta)) if buffers is None else buffers
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        bias = bias if bias is None else bias.contiguous()
+        torch.ops.subnet_native.masked_linear.default(x, weight, scores, beta, bias, w_eff, penalty, out)
+        if buffers is not None:
+            _bump(buffers)
+        return out, penalty, w_eff
+
+    def linear(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind) -> Tensor:
+        if self.name != "cpu" or not _is_fused(kind, x, w_eff):
+            return super().linear(x, w_eff, bias, kind)
+        out = x.new_empty(*x.shape[:-1], w_eff.shape[0])
+        torch.ops.subnet_native.linear.default(x, w_eff, bias if bias is None else bias.contiguous(), out)
+        return out
+
+    def linear_grad_scores(
+        self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if (
+            self.name == "cpu" and grad_out is not None and x is not None and needs_scores and not needs_weight
+            and _is_fused(kind, x, weight, scores) and grad_out.is_contiguous()
+        ):
+            grad_scores = torch.empty_like(scores)
+            op = torch.ops.subnet_native.linear_grad_scores.default
+            op(grad_out, grad_penalty, x, weight, scores, beta, grad_scores)
+            return grad_scores, None
+        return super().linear_grad_scores(
+            grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
+        )
 
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,

@@ -33,8 +33,15 @@ def _forward(
     kind, plan, _, slot, _ = settings
     if slot is None or plan == "fused":
         return backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan)
-    w_eff, penalty = slot.get(weight, scores, beta, kind, x.dtype, backend)
-    out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+    kept = slot.lookup(weight, scores, beta, kind, x.dtype)
+    if kept is not None:
+        w_eff, penalty = kept
+        out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+    else:
+        out, penalty, w_eff = slot.fill(
+            weight, scores, beta, kind, x.dtype,
+            lambda buffers: backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers),
+        )
     return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
 
 

@@ -41,8 +41,16 @@ def _forward(
     kind, plan, _, slot, _ = settings
     if slot is None or plan == "fused":
         return backend.masked_linear(x, weight, scores, beta, bias, kind, plan)
-    w_eff, penalty = slot.get(weight, scores, beta, kind, x.dtype, backend)
-    return F.linear(x, w_eff, bias), penalty.clone() if settings.wants_penalty else penalty, w_eff
+    kept = slot.lookup(weight, scores, beta, kind, x.dtype)
+    if kept is not None:
+        w_eff, penalty = kept
+        out = backend.linear(x, w_eff, bias, kind)
+    else:
+        out, penalty, w_eff = slot.fill(
+            weight, scores, beta, kind, x.dtype,
+            lambda buffers: backend.masked_linear(x, weight, scores, beta, bias, kind, plan, buffers),
+        )
+    return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
 
 
 # --- eager -----------------------------------------------------------------------------------------------------------

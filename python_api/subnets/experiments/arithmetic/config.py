@@ -159,7 +159,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transfer_epochs": 15,
     },
     "standard": {
-        **_FAST_BASE,
         "layers": (4,),
         "conditions": ("subnet", "full_model", "sampled", "random_init", "sampled_as_published"),
         "sizes": (100, 250, 640, 1000),

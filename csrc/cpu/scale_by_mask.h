@@ -1,0 +1,34 @@
+// w_eff = weight * m over a run of elements; returns the sum of m.
+#pragma once
+
+#include "simd.h"
+
+namespace subnet {
+namespace SUBNET_CAPABILITY {
+
+template <Kind kind, class W, class O>
+double scale_by_mask(const typename W::Stored* weight, const float* scores, float beta_value,
+                     typename O::Stored* w_eff, int64_t count) {
+  const Vector beta = broadcast(beta_value);
+  Sum sum;
+  int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) {
+    Vector mask[4];
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = i + k * kLanes;
+      mask[k] = VectorMask::value<kind>(load_as<Vector>(scores + at), beta);
+      O::store(w_eff + at, W::load(weight + at) * mask[k]);
+    }
+    sum.add((mask[0] + mask[1]) + (mask[2] + mask[3]));
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t left = count - i < kLanes ? count - i : kLanes;
+    const Vector mask = VectorMask::value<kind>(load_some<Float32>(scores + i, left), beta);
+    store_some<O>(w_eff + i, load_some<W>(weight + i, left) * mask, left);
+    sum.add_some(mask, left);
+  }
+  return sum.total();
+}
+
+}  // namespace SUBNET_CAPABILITY
+}  // namespace subnet
