@@ -4,7 +4,7 @@
 // `Math`, so that the same text serves a scalar on the device (cuda/) and a SIMD register on the host (cpu/simd.h).
 // A policy provides
 //   Float                                    one value or one register of values, fp32
-//   exp_minus(Float a)                       exp(-a) for a >= 0; exactly 0 for a >= 104; NaN stays NaN
+//   exp_minus(Float a)                       exp(-a) for a >= 0; exactly 0 above kNegligible; NaN stays NaN
 //   reciprocal_1p(Float e)                   1/(1 + e) for e in [0, 1]
 //   absolute(Float z)
 //   where_nonnegative(Float z, a, b)         z >= 0 ? a : b      (b for NaN)
@@ -21,9 +21,9 @@ namespace subnet {
 
 enum class Kind : int { sigmoid = 0, hard = 1 };
 
-// A sigmoid below this is 0. Kept, it would make subnormal weights and gradients, which the matrix products of a CPU
-// multiply a hundred times slower (docs/design.md).
-constexpr float kNegligible = 0x1p-100f;
+// exp(-a) is 0 for a above this, 100 ln 2, so that a sigmoid below 2^-100 is 0. Kept, it would make subnormal weights and
+// gradients, which the matrix products of a CPU multiply a hundred times slower (docs/design.md).
+constexpr float kNegligible = 69.3147181f;
 
 template <class Math>
 struct Mask {
@@ -39,8 +39,7 @@ struct Mask {
   static SUBNET_INLINE Pair sigmoid_pair(Float z) {
     const Float e = Math::exp_minus(Math::absolute(z));
     const Float above = Math::reciprocal_1p(e);
-    const Float below = e * above;
-    return {above, Math::where_positive((Float{} + kNegligible) - below, Float{}, below)};  // a NaN stays
+    return {above, e * above};
   }
 
   // sigmoid: m = 1/(1 + exp(-beta*s)).   hard: m = 1[s > 0]; a score of exactly 0 is out.

@@ -56,12 +56,6 @@ struct VectorMath {
 
   static SUBNET_INLINE Vector exp_minus(Vector a) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    // exp(-104) already rounds to 0; a NaN passes.
-#if defined(__AVX512F__)
-    a = (Vector)_mm512_min_ps(_mm512_set1_ps(110.0f), (__m512)a);
-#else
-    a = a > 110.0f ? broadcast(110.0f) : a;
-#endif
     const Vector shifted = a * -1.44269504f + kMagic;
     const Vector n = shifted - kMagic;
     Vector r = -a - n * 0.693359375f;  // exact: the constant has 9 bits, n at most 8
@@ -74,13 +68,11 @@ struct VectorMath {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
 #if defined(__AVX512F__)
-    return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
+    const __mmask16 is_kept = _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(kNegligible), _CMP_NGT_UQ);
+    return (Vector)_mm512_maskz_scalef_ps(is_kept, (__m512)p, (__m512)n);
 #else
-    // 2^n in two factors: n reaches -159, where the result is subnormal or 0.
-    const VectorInt exponent = (VectorInt)((VectorBits)shifted - 0x4b400000u);
-    const VectorInt first = exponent >> 1;
-    const VectorInt second = exponent - first;
-    return p * (Vector)((VectorBits)(first + 127) << 23) * (Vector)((VectorBits)(second + 127) << 23);
+    const VectorBits power = ((VectorBits)shifted - 0x4b400000u + 127u) << 23;  // 2^n, n >= -100
+    return a > kNegligible ? Vector{} : p * (Vector)power;  // a NaN is kept
 #endif
   }
 

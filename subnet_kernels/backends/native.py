@@ -13,6 +13,7 @@ from .base import Backend, Call
 
 _KIND_CODES = {"sigmoid": 0, "hard": 1}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEWEST_FUSED = 16384  # weights; below, a call's overhead is all that counts
 _bump = torch.autograd.graph.increment_version
 
 
@@ -44,11 +45,11 @@ def fused_linear_rows() -> int:
 
 
 def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
-    """Whether the linear kernels for few rows serve these: everything fp32 and contiguous, scores of weight's shape. A
-    hard mask stays with F.linear, so that its outputs are those of the layer without mask to the bit."""
+    """Whether the linear kernels for few rows serve these, and pay: everything fp32 and contiguous, scores of weight's
+    shape. A hard mask stays with F.linear, so that its outputs are those of the layer without mask to the bit."""
     num = weights[0].numel()
     return (
-        kind.name == "sigmoid" and num > 0 and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
+        num >= _FEWEST_FUSED and kind.name == "sigmoid" and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
         and x.dtype == torch.float32 and x.is_contiguous() and all(
             w.dtype == torch.float32 and w.is_contiguous() and w.numel() == num for w in weights
         )

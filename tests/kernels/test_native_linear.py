@@ -150,11 +150,11 @@ def test_shared_memory_is_refused():
 @pytest.mark.parametrize("case", ["fits", "rows", "columns", "strides", "dtype", "unit", "hard"])
 def test_the_cpu_backend_uses_them_where_they_fit_and_agrees_elsewhere(case, monkeypatch):
     rows = fused_linear_rows() + (case == "rows")
-    x, weight, scores, bias, _ = inputs((rows, 20, 30))
+    x, weight, scores, bias, _ = inputs((rows, 70, 240))
     if case == "columns":
-        x = randn((30, rows), 0).t()
+        x = randn((240, rows), 0).t()
     if case == "strides":
-        weight = randn((20, 30), 1, (1, 0))
+        weight = randn((70, 240), 1, (1, 0))
     if case == "dtype":
         x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
     if case == "unit":
@@ -187,8 +187,8 @@ def test_the_cpu_backend_uses_them_where_they_fit_and_agrees_elsewhere(case, mon
 def test_a_layer_gives_the_same_bits_whether_its_effective_weight_was_there_or_not(rows):
     from subnets.nn import MaskedLinear
 
-    x, weight, scores, bias, _ = inputs((rows, 20, 30))
-    layer = MaskedLinear(30, 20)
+    x, weight, scores, bias, _ = inputs((rows, 70, 240))
+    layer = MaskedLinear(240, 70)
     with torch.no_grad():
         layer.weight.copy_(weight), layer.scores.copy_(scores), layer.bias.copy_(bias)
     first, second = layer(x), layer(x)
