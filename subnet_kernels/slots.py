@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .backends.base import Backend
 from .dispatch import forced_backend
 from .masks import MaskKind
-
-Made = TypeVar("Made")
 
 _generation = 0  # part of every key; raised to clear all slots at once
 _is_hook_registered = False
@@ -101,28 +98,22 @@ class Slot:
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """The buffers (w_eff, penalty) if they hold those of exactly these, else None."""
-        if weight.is_inference() or scores.is_inference() or beta.is_inference():  # no version counter to key on
-            return None
-        if self._key is None or self._key != self._key_of(weight, scores, beta, kind, dtype):
+        if self._key is None or weight.is_inference() or scores.is_inference() or beta.is_inference():
+            return None  # inference tensors have no version counter to key on
+        if self._key != self._key_of(weight, scores, beta, kind, dtype):
             return None
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
 
-    def fill(
-        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
-        make: Callable[[tuple[Tensor, Tensor] | None], Made],
-    ) -> Made:
-        """What ``make(buffers)`` returns, after it has written w_eff and penalty of these there. Call it without grad.
-
-        In inference mode the slot is left alone and ``make`` is given None: inference tensors can't be saved for a
-        later backward pass.
-        """
+    def to_fill(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """The buffers, stale until :meth:`mark_fresh`; None in inference mode, where the slot is to be left alone:
+        inference tensors can't be saved for a later backward pass."""
         if torch.is_inference_mode_enabled() or weight.is_inference() or scores.is_inference() or beta.is_inference():
-            return make(None)
+            return None
         self._key = None
-        made = make(self.buffers(weight, dtype))
-        self.mark_fresh(weight, scores, beta, kind, dtype)
-        return made
+        return self.buffers(weight, dtype)
 
     def buffers(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""

@@ -6,6 +6,7 @@ import functools
 import importlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
@@ -184,7 +185,8 @@ class NativeBackend(Backend):
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.name != "cpu" or not _is_fused(kind, x, weight, scores):
-            return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+            w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
+            return F.linear(x, w_eff, bias), penalty, w_eff
         w_eff, penalty = (torch.empty_like(weight), torch.empty_like(beta)) if buffers is None else buffers
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = bias if bias is None else bias.contiguous()
@@ -195,7 +197,7 @@ class NativeBackend(Backend):
 
     def linear(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind) -> Tensor:
         if self.name != "cpu" or not _is_fused(kind, x, w_eff):
-            return super().linear(x, w_eff, bias, kind)
+            return F.linear(x, w_eff, bias)
         out = x.new_empty(*x.shape[:-1], w_eff.shape[0])
         torch.ops.subnet_native.linear.default(x, w_eff, bias if bias is None else bias.contiguous(), out)
         return out

@@ -19,7 +19,7 @@ from .effective_weight import (
     some,
 )
 from .masked_linear import Settings, kept_effective_weight
-from .once import differentiable_once
+from .once import differentiable_once, plain_apply
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -38,10 +38,10 @@ def _forward(
         w_eff, penalty = kept
         out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
     else:
-        out, penalty, w_eff = slot.fill(
-            weight, scores, beta, kind, x.dtype,
-            lambda buffers: backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers),
-        )
+        buffers = slot.to_fill(weight, scores, beta, x.dtype)
+        out, penalty, w_eff = backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers)
+        if buffers is not None:
+            slot.mark_fresh(weight, scores, beta, kind, x.dtype)
     return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
 
 
@@ -75,6 +75,9 @@ class _MaskedConv2d(torch.autograd.Function):
         return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
 
 
+_apply = plain_apply(_MaskedConv2d)
+
+
 def run_masked_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs, settings: Settings
 ) -> Any:
@@ -91,7 +94,7 @@ def run_masked_conv2d(
         w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
         out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
         return (out, penalty) if settings.wants_penalty else out
-    return _MaskedConv2d.apply(x, weight, scores, beta, bias, args, settings)
+    return _apply(x, weight, scores, beta, bias, args, settings)
 
 
 # --- registered ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .effective_weight import (
     plain_effective_weight,
     some,
 )
-from .once import differentiable_once
+from .once import differentiable_once, plain_apply
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -46,10 +46,10 @@ def _forward(
         w_eff, penalty = kept
         out = backend.linear(x, w_eff, bias, kind)
     else:
-        out, penalty, w_eff = slot.fill(
-            weight, scores, beta, kind, x.dtype,
-            lambda buffers: backend.masked_linear(x, weight, scores, beta, bias, kind, plan, buffers),
-        )
+        buffers = slot.to_fill(weight, scores, beta, x.dtype)
+        out, penalty, w_eff = backend.masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+        if buffers is not None:
+            slot.mark_fresh(weight, scores, beta, kind, x.dtype)
     return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
 
 
@@ -82,6 +82,9 @@ class _MaskedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_scores, None, grad_bias, None
 
 
+_apply = plain_apply(_MaskedLinear)
+
+
 def run_masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
 ) -> Any:
@@ -97,7 +100,7 @@ def run_masked_linear(
         w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
         out = F.linear(x, w_eff, bias)
         return (out, penalty) if settings.wants_penalty else out
-    return _MaskedLinear.apply(x, weight, scores, beta, bias, settings)
+    return _apply(x, weight, scores, beta, bias, settings)
 
 
 # --- registered ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Backward functions that can't be differentiated again, without once_differentiable's cost in the ordinary case."""
+"""What torch.autograd.Function costs in the ordinary case, avoided: two steps that only special cases need."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its preparations for torch.func transforms, of which none may be at work."""
+    return super(torch.autograd.Function, function).apply  # pyright: ignore
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,6 +56,27 @@ def test_a_run_folder_holds_one_row_per_condition_n_and_seed_and_every_promised_
     assert not list(finished.rglob("*checkpoint*")) and not list(finished.rglob("*.tmp"))
 
 
+def test_inherit_none_runs_to_the_report_and_trains_other_networks_from_the_same_subnet(
+    finished: Path, tmp_path: Path
+) -> None:
+    text = run(tiny(inherit="none"), tmp_path / "none")
+    rows, inherited = read_csv(tmp_path / "none" / "results.csv"), read_csv(finished / "results.csv")
+    assert len(rows) == len(inherited) and {row["inherit"] for row in rows} == {"none"}
+    assert "inherit='none'" in text and "inherit='unmasked'" not in text
+    for name in ("base", "subnet"):  # what comes before the transfer does not know of `inherit`
+        ours, theirs = (load_tensors(f / "layers1" / f"{name}.safetensors")[0] for f in (tmp_path / "none", finished))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    curves = {
+        folder: {
+            (row["condition"], row["n_disambiguation"], row["seed"], row["epoch"]): float(row["loss"])
+            for row in read_csv(folder / "metrics.csv") if row["stage"] == "transfer"
+        }
+        for folder in (tmp_path / "none", finished)
+    }
+    for key, loss in curves[tmp_path / "none"].items():  # only full_model takes all of T1 in either case
+        assert (loss == curves[finished][key]) == (key[0] == "full_model"), key
+
+
 def test_the_saved_subnet_carries_the_weights_of_the_base(finished: Path) -> None:
     subnet = Subnet.load(finished / "layers1" / "subnet.safetensors")
     base = load_tensors(finished / "layers1" / "base.safetensors")[0]
