@@ -7,14 +7,16 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 # where there is a C++ compiler, a missing extension is a failure, not a reason to skip its tests
 REQUIRE := $(if $(shell command -v $${CXX:-g++}),--require-backend cpu)
+IS_LINUX := $(filter Linux,$(shell uname))  # there is no Triton elsewhere
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help setup demo test lint bench docs gpu-check clean
+.PHONY: help setup demo test test-triton36 lint bench docs gpu-check clean
 
 help:
 	@echo "make setup      create .venv, install pinned versions, build the extension"
 	@echo "make demo       the arithmetic experiment, small, to a table and a figure (about 5 minutes on 2 cores)"
 	@echo "make test       all tests"
+	@echo "make test-triton36  the Triton kernels with Triton 3.6 (PyTorch 2.11's), in .venv36"
 	@echo "make lint       ruff"
 	@echo "make bench      the benchmarks, against eager PyTorch, torch.compile, nn.Linear and NeuroSurgeon"
 	@echo "make docs       check that the code in the docs runs and that their links lead somewhere"
@@ -39,6 +41,14 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n 2 $(REQUIRE) tests subnet_kernels python_api
+	$(if $(IS_LINUX),@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton.py)
+
+# the PyTorch 2.11 generation's Triton, in an environment of its own; not part of CI
+test-triton36:
+	@test -x .venv36/bin/python || $(PYTHON) -m venv .venv36
+	@.venv36/bin/pip --disable-pip-version-check install -q torch==2.13.0 triton==3.6.0 "numpy<2.4" pytest
+	@PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton_ahead.py
+	@TRITON_INTERPRET=1 PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton.py
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -1,11 +1,11 @@
 """Build, check and measure on a GPU machine that has neither network nor pip: ``make gpu-check OUT=folder``.
 
-``python3 -m benchmarks.gpu_check --out folder`` builds the extension in place, checks the reference backend and the
-CUDA kernel of effective weights on the GPU against fp64, runs the tests marked ``gpu`` and compute-sanitizer where they
-are there, and measures the machine's ceilings, the baselines and the kernel's bandwidth, in under ten minutes. It
-writes report.txt, results.csv, results.json, environment.json, build.log and tests.log; results worth keeping go to
-benchmarks/results/<device>/. Exit code: 0 all checks passed, 1 one failed, 2 there is no GPU. ``--dry-run`` runs on the
-CPU what can run there.
+``python3 -m benchmarks.gpu_check --out folder`` builds the extension in place, checks the reference backend, the CUDA
+kernel of effective weights and the Triton backend on the GPU against fp64, runs the tests marked ``gpu`` and
+compute-sanitizer where they are there, and measures the machine's ceilings, the baselines and the kernel's bandwidth,
+in under ten minutes. It writes report.txt, results.csv, results.json, environment.json, build.log and tests.log;
+results worth keeping go to benchmarks/results/<device>/. Exit code: 0 all checks passed, 1 one failed, 2 there is no
+GPU. ``--dry-run`` runs on the CPU what can run there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,17 @@ def check_kernel(check: Check) -> None:
     if check.device == "cpu":
         return check.skip("graph replay and refusals of the cuda backend", "dry run")
     check.take(gpu_correctness.refusal_check(check.device))
-    check.take(gpu_correctness.graph_check(check.device, check.seed))
+    check.take(gpu_correctness.graph_check("cuda", check.device, check.seed))
+
+
+def check_triton(check: Check) -> None:
+    """The Triton backend against fp64: layers, then effective weights of many tensors."""
+    if check.device == "cpu":
+        return check.skip("triton", "dry run")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check.take(gpu_correctness.triton_checks(check.device, check.seed))
+    check.take(gpu_correctness.effective_weights_checks("triton", check.device, check.seed))
+    check.take(gpu_correctness.graph_check("triton", check.device, check.seed))
 
 
 def run_sanitizer(check: Check) -> None:
@@ -217,6 +227,7 @@ SECTIONS: tuple[tuple[str, Callable[[Check], None], float], ...] = (  # name, wh
     ("build", build, 0),
     ("reference backend", check_reference, 20),
     ("kernel effective_weights", check_kernel, 20),
+    ("triton backend", check_triton, 60),
     ("ceilings", measure_ceilings, 20),
     ("kernel speed", measure_kernel, 30),
     ("compute-sanitizer", run_sanitizer, 130),
@@ -263,8 +274,12 @@ def write_files(check: Check) -> None:
 
 
 def sanitizer_script(seed: int) -> int:
-    """What runs under compute-sanitizer: the kernel's checks, small."""
-    worst = max(ratio for _, ratio in gpu_correctness.effective_weights_checks("cuda", "cuda", seed))
+    """What runs under compute-sanitizer: the kernels' checks, small."""
+    checks = [
+        *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
+        *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
+    ]
+    worst = max(ratio for _, ratio in checks)
     print(f"worst error {worst:.3g} of the allowed one")
     return 0 if worst <= 1 else 1
 

@@ -7,7 +7,7 @@ its worst error as a multiple of the allowed one (testing.error_bound): above 1 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -55,6 +55,37 @@ def reference_checks(device: str, seed: int) -> Iterator[Check]:
     # raises where a gradient differs from the numerical one
     is_right = torch.autograd.gradcheck(in_fp64, inputs)
     yield "reference, masked_linear, gradcheck, fp64", 0.0 if is_right else float("inf")
+
+
+def triton_checks(
+    device: str, seed: int, is_large: bool = True, dtypes: Collection[str] = tuple(DTYPES)
+) -> Iterator[Check]:
+    """Linear and convolution on the Triton backend: both plans, every dtype and kind, odd, transposed and empty inputs,
+    sums over tokens whole and in parts."""
+    sizes = {"1x1x1": (1, 1, 1), "13x17x29": (13, 17, 29), "33x257x130": (33, 257, 130), "empty batch": (0, 11, 13)}
+    if is_large:
+        sizes |= {"768x3072, M 1024": (1024, 768, 3072), "512x128, M 5000": (5000, 512, 128), "M 100": (100, 768, 768)}
+    for name, dtype in ((name, DTYPES[name]) for name in dtypes):
+        for plan in ("cached", "fused"):
+            op = functools.partial(testing.ours, backend="triton", plan=plan)
+            linears = {
+                label: testing.linear_case(*size, dtype, seed=seed, device=device) for label, size in sizes.items()
+            }
+            linears["transposed"] = testing.linear_case(5, 24, 16, dtype, is_transposed=True, seed=seed, device=device)
+            linears["hard"] = testing.linear_case(9, 11, 13, dtype, kind="hard", seed=seed, device=device)
+            scores_only = testing.linear_case(70, 40, 50, dtype, seed=seed, device=device)
+            scores_only.wanted = ("grad_scores",)
+            linears["scores only"] = scores_only
+            for label, case in linears.items():
+                yield f"triton, linear, {plan}, {label}, {name}", max(testing.worst_errors(case, op).values())
+        op = functools.partial(testing.ours, backend="triton")
+        for label, case in {
+            "3x3": testing.conv_case((2, 8, 9, 9), (6, 8, 3, 3), dtype, padding=1, seed=seed, device=device),
+            "groups, channels_last": testing.conv_case(
+                (2, 8, 9, 9), (6, 4, 3, 3), dtype, groups=2, is_channels_last=True, seed=seed, device=device
+            ),
+        }.items():
+            yield f"triton, conv, {label}, {name}", max(testing.worst_errors(case, op).values())
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
@@ -139,7 +170,7 @@ def effective_weights_checks(backend: str, device: str, seed: int) -> Iterator[C
     yield f"{backend}, five runs are bit-identical", 0.0 if is_same else float("inf")
 
 
-def graph_check(device: str, seed: int) -> Iterator[Check]:
+def graph_check(backend: str, device: str, seed: int) -> Iterator[Check]:
     """A captured launch reads scores and beta when it is replayed."""
     from .timing import as_cuda_graph
 
@@ -150,7 +181,7 @@ def graph_check(device: str, seed: int) -> Iterator[Check]:
     penalties: list[Tensor] = []
 
     def launch() -> None:
-        with use_backend("cuda"):
+        with use_backend(backend):
             penalties[:] = [effective_weights_raw(weights, scores, beta, kind, torch.bfloat16, out)[1]]
 
     replay = as_cuda_graph(launch)
@@ -159,7 +190,7 @@ def graph_check(device: str, seed: int) -> Iterator[Check]:
     beta.fill_(5.0)
     replay()
     torch.cuda.synchronize()
-    yield "cuda, replayed graph sees new scores and beta", _worst(weights, scores, 5.0, kind, out, penalties[0])
+    yield f"{backend}, replayed graph sees new scores and beta", _worst(weights, scores, 5.0, kind, out, penalties[0])
 
 
 def refusal_check(device: str) -> Iterator[Check]:

@@ -17,23 +17,12 @@ from torch import Tensor
 from .backends.base import Backend, Call
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
-
-
-class _NotBuilt(Backend):
-    """A backend whose name is promised and whose code is not here yet."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self.reason = reason
-
-    def refuse(self, call: Call) -> str | None:
-        return self.reason
-
+from .backends.triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu": NativeBackend("cpu"),
-    "triton": _NotBuilt("triton", "the Triton kernels are not part of this version yet"),
+    "triton": TritonBackend(),
     "cuda": NativeBackend("cuda"),
 }
 _ORDER: dict[str, tuple[Backend, ...]] = {

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..masks import MaskKind
 from .base import Backend, Call
+from .layout import aligned, is_dense, with_strides_of
 
 _KIND_CODES = {"sigmoid": 0, "hard": 1}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST_FUSED = 16384  # weights; below, a call's overhead is all that counts
 _bump = torch.autograd.graph.increment_version
 
@@ -57,22 +58,6 @@ def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _with_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
-    return grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
-
-
-def _aligned(weight: Tensor, scores: Tensor) -> Tensor:
-    """Scores of weight's shape in weight's strides: the kernels then make one flat pass; strided reads cost many times
-    more than the copy."""
-    if scores.stride() == weight.stride() or scores.shape != weight.shape:
-        return scores
-    return torch.empty_like(weight, dtype=scores.dtype, requires_grad=False).copy_(scores.detach())
-
-
-def _is_dense(weight: Tensor) -> bool:
-    return weight.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(weight)
-
-
 class NativeBackend(Backend):
     """Vendor matrix products, and our one-pass kernels for everything elementwise. ``name`` is the device type."""
 
@@ -84,7 +69,7 @@ class NativeBackend(Backend):
             return reason
         if call.device != self.name:
             return f"weight is on {call.device}"
-        if call.weight_dtype not in _DTYPES or call.compute_dtype not in _DTYPES:
+        if call.weight_dtype not in DTYPES or call.compute_dtype not in DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
         if call.kind not in _KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
@@ -112,9 +97,9 @@ class NativeBackend(Backend):
             op(weight, scores, beta, code, *out)  # every forward pass of a layer comes here
             _bump(out)
             return out
-        if not _is_dense(weight):
+        if not is_dense(weight):
             weight = weight.contiguous()
-        scores = _aligned(weight, scores)
+        scores = aligned(weight, scores)
         if out is None:
             w_eff, penalty = torch.empty_like(weight, dtype=dtype), torch.empty_like(beta)
             op(weight, scores, beta, code, w_eff, penalty)
@@ -133,8 +118,8 @@ class NativeBackend(Backend):
         self, weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtypes: list[torch.dtype],
         out: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        weights = [w if _is_dense(w) else w.contiguous() for w in weights]
-        scores = [_aligned(w, s) for w, s in zip(weights, scores, strict=True)]
+        weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        scores = [aligned(w, s) for w, s in zip(weights, scores, strict=True)]
         penalties = torch.empty(len(weights), dtype=torch.float32, device=beta.device)
         w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
         if out is not None:
@@ -163,11 +148,11 @@ class NativeBackend(Backend):
         ):  # every backward pass of an fp32 layer comes here
             op(grad_w_eff, grad_penalty, weight, scores, beta, code, grad_w_eff, None)
             return grad_w_eff, None
-        if not _is_dense(weight):
+        if not is_dense(weight):
             weight = weight.contiguous()
         if grad_w_eff is not None:
-            grad_w_eff = _with_strides_of(weight, grad_w_eff)
-        given, scores = scores, _aligned(weight, scores)
+            grad_w_eff = with_strides_of(weight, grad_w_eff)
+        given, scores = scores, aligned(weight, scores)
         can_reuse = (
             may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == torch.float32
             and grad_w_eff.shape == scores.shape and grad_w_eff.stride() == scores.stride()

@@ -1,0 +1,79 @@
+"""The Triton backend. mask.py: the mask functions; elementwise.py, score_gradient.py, small_m.py: kernels; configs.py:
+their tiles; launch.py: calls them. Triton itself is imported when the backend is first considered for a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from ..base import Backend, Call
+
+
+@functools.cache
+def load_error() -> str | None:
+    """None if Triton can be imported, else why not."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with PyTorch's CUDA builds"
+    return None
+
+
+@functools.cache
+def _kernels() -> Backend:
+    from .launch import TritonKernels
+
+    return TritonKernels()
+
+
+class TritonBackend(Backend):
+    """Says what Triton serves, and hands it to launch.TritonKernels."""
+
+    name = "triton"
+
+    def refuse(self, call: Call) -> str | None:
+        from ..native import DTYPES
+
+        if call.device != "cuda" and not self._is_interpreted():
+            return f"weight is on {call.device}"
+        if call.device == "cuda" and not torch.cuda.is_available():
+            return "torch can use no GPU here"
+        if (reason := load_error()) is not None:
+            return reason
+        if call.weight_dtype not in DTYPES or call.compute_dtype not in DTYPES:
+            return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
+        if call.kind not in ("sigmoid", "hard"):
+            return f"kind {call.kind!r} is not built here yet"
+        if not call.is_same_shape:
+            return "scores coarser than weight are not built in Triton yet"
+        if call.plan == "fused" and call.op != "masked_linear":
+            return "plan 'fused' is not built in Triton yet for convolutions; use plan='cached'"
+        return None
+
+    @staticmethod
+    @functools.cache
+    def _is_interpreted() -> bool:
+        """Whether Triton's own switch TRITON_INTERPRET=1 makes the kernels run on the CPU (for tests)."""
+        if load_error() is not None:
+            return False
+        from triton import knobs
+
+        return bool(knobs.runtime.interpret)
+
+
+def _hand_over(name: str) -> Any:
+    def method(self: TritonBackend, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_kernels(), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    "effective_weight", "effective_weights", "grad_scores", "add_penalty_grad_", "masked_linear", "linear_grad_scores",
+):  # fmt: skip
+    setattr(TritonBackend, _name, _hand_over(_name))

@@ -1,0 +1,83 @@
+"""Tiles of the Triton kernels, apart from the kernels: what was chosen, and why. Nothing is tuned at run time.
+
+None of these has been timed on a GPU yet: they are the largest tiles that compile without spills for sm_80 and sm_90
+(tests/triton/test_compiled.py checks every one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A kernel over a flat range."""
+
+    block: int
+    num_warps: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A kernel with a product. rows, columns: tile of the result; depth: step of the sum."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    reason: str
+
+
+ELEMENTWISE = Elementwise(1024, 4, "8 values a thread: two 16-byte accesses of each fp32 stream; 30 registers or so")
+ADD_UP = Elementwise(256, 4, "one program adds a tensor's partial sums")
+
+SCORE_GRADIENT = {
+    2: Gemm(128, 128, 64, 8, 3, "128x256 spills; 128x128 with 8 warps leaves registers for the epilogue's W and s"),
+    4: Gemm(64, 64, 32, 4, 3, "fp32 operands take twice the shared memory"),
+}  # by bytes of an operand
+SCORE_AND_WEIGHT_GRADIENT = {
+    2: Gemm(64, 128, 64, 8, 3, "a second result: 128x128 spills"),
+    4: SCORE_GRADIENT[4],
+}
+
+SMALL_M = {
+    16: Gemm(64, 16, 64, 4, 4, "rows: of weight; columns: rows of x; the masked weight is the register operand"),
+    32: Gemm(64, 32, 64, 4, 4, "as 16"),
+    64: Gemm(128, 64, 64, 8, 3, "as 16, two warp groups"),
+    128: Gemm(128, 128, 64, 8, 3, "as 64"),
+}  # by columns: the least that hold all rows of x, else the largest
+
+
+def score_gradient(dtype: torch.dtype, needs_weight: bool) -> Gemm:
+    return (SCORE_AND_WEIGHT_GRADIENT if needs_weight else SCORE_GRADIENT)[dtype.itemsize]
+
+
+def small_m(num_rows: int, dtype: torch.dtype) -> Gemm:
+    best = SMALL_M[next((columns for columns in SMALL_M if columns >= num_rows), 128)]
+    if dtype.itemsize == 4:  # twice the shared memory an operand
+        return Gemm(64, min(best.columns, 64), 32, 8, 3, "4 warps spill without TF32")
+    return best
+
+
+def split(num_tiles: int, num_steps: int, num_processors: int) -> int:
+    """Into how many parts the sum over tokens is cut so that the tiles fill the chip once; each part keeps at least
+    four steps, and the result depends on sizes and device alone, never on timing."""
+    if num_tiles >= num_processors or num_steps < 8:
+        return 1
+    return max(1, min(num_processors // num_tiles, num_steps // 4))
+
+
+def fuses_score_gradient(num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether the score gradient is made inside its product, or by cuBLAS and one pass. By a model, not yet by a
+    measurement: beyond some 8,000 tokens the saved bytes count less than cuBLAS's better rate, and Triton's fp32
+    product without TF32 does not use tensor cores."""
+    return dtype.itemsize == 2 and num_tokens <= 8192
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU (132 stands in where there is none: the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

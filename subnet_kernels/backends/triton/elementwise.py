@@ -1,0 +1,95 @@
+"""Kernels that read and write each weight once: effective weight and mask sum, score gradient, penalty gradient.
+
+One score per weight; all tensors are given as dense storage of the same element order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .mask import mask_slope, mask_value
+
+
+@triton.jit
+def effective_weight_kernel(
+    weight, scores, beta, w_eff, partials, num, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """w_eff = weight * m; partials[block] = sum of m over the block's weights."""
+    block = tl.program_id(0)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num
+    m = mask_value(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
+    tl.store(partials + block, tl.sum(tl.where(inside, m, 0.0), axis=0))
+
+
+@triton.jit
+def effective_weights_kernel(
+    table, block_tensor, block_first, beta, partials, W_DTYPE: tl.constexpr, O_DTYPE: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for many tensors in one launch. table int64 [L, 4]: addresses of weight, scores and
+    w_eff, number of weights; block_tensor int32 and block_first int64 [blocks]: which tensor, from which element on."""
+    block = tl.program_id(0)
+    row = table + tl.load(block_tensor + block).to(tl.int64) * 4
+    weight = tl.load(row).to(tl.pointer_type(W_DTYPE))
+    scores = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    w_eff = tl.load(row + 2).to(tl.pointer_type(O_DTYPE))
+    num = tl.load(row + 3)
+    at = tl.load(block_first + block) + tl.arange(0, BLOCK)
+    inside = at < num
+    m = mask_value(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(w_eff + at, (w * m).to(O_DTYPE), mask=inside)
+    tl.store(partials + block, tl.sum(tl.where(inside, m, 0.0), axis=0))
+
+
+@triton.jit
+def add_up_kernel(partials, bounds, sums, BLOCK: tl.constexpr):
+    """sums[i] = partials[bounds[i] : bounds[i+1]] added up in fp64, always in the same order."""
+    i = tl.program_id(0)
+    first, last = tl.load(bounds + i), tl.load(bounds + i + 1)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(first, last, BLOCK):
+        at = start + lanes
+        total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
+    tl.store(sums + i, tl.sum(total, axis=0).to(tl.float32))
+
+
+@triton.jit
+def grad_scores_kernel(
+    grad_w_eff, grad_penalty, weight, scores, beta, grad_scores, grad_weight, num, HAS_GRAD: tl.constexpr,
+    HAS_PENALTY: tl.constexpr, WANTS_SCORES: tl.constexpr, WANTS_WEIGHT: tl.constexpr, KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_scores = (grad_w_eff*weight + grad_penalty) * slope, grad_weight = grad_w_eff * m. What is
+    not given or not wanted may be any pointer."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    inverse_temperature = tl.load(beta)
+    total = tl.zeros_like(score)
+    grad = tl.zeros_like(score)
+    if HAS_GRAD:
+        grad = tl.load(grad_w_eff + at, mask=inside, other=0.0).to(tl.float32)
+        total = grad * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PENALTY:
+        total += tl.load(grad_penalty)
+    if WANTS_SCORES:
+        tl.store(grad_scores + at, total * mask_slope(score, inverse_temperature, KIND), mask=inside)
+    if WANTS_WEIGHT:
+        m = mask_value(score, inverse_temperature, KIND)
+        tl.store(grad_weight + at, (grad * m).to(grad_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_penalty_grad_kernel(grads, scores, beta, scale, num, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """grads += scale * slope(scores)"""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    grad = tl.load(grads + at, mask=inside, other=0.0)
+    tl.store(grads + at, grad + scale * mask_slope(score, tl.load(beta), KIND), mask=inside)

@@ -1,0 +1,256 @@
+"""What the kernels need around them: tiles, memory, launches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ...masks import MaskKind
+from ..base import Backend
+from ..layout import aligned, is_dense, with_strides_of
+from . import configs
+from .elementwise import (
+    add_penalty_grad_kernel,
+    add_up_kernel,
+    effective_weight_kernel,
+    effective_weights_kernel,
+    grad_scores_kernel,
+)
+from .score_gradient import add_parts_kernel, score_gradient_kernel
+from .small_m import small_m_kernel
+
+KIND_CODES = {"sigmoid": 0, "hard": 1}
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+IS_INTERPRETED = isinstance(effective_weight_kernel, InterpretedFunction)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _dot_options(dtype: torch.dtype) -> dict[str, Any]:
+    """How products are computed: torch's own TF32 switch decides for fp32; the interpreter multiplies in fp32."""
+    allows_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "tf32" if allows_tf32 else "ieee", "UPCAST": IS_INTERPRETED}
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    addresses: tuple[tuple[int, int, int, int], ...], block: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What effective_weights_kernel and add_up_kernel read: the tensors, which block is whose, whose partials are
+    where. Kept, because a model's addresses stay: no copy to the device per step, none in a captured CUDA graph."""
+    owner, first, bounds = [], [], [0]
+    for i, (_, _, _, num) in enumerate(addresses):
+        starts = range(0, num, block)
+        owner += [i] * len(starts)
+        first += starts
+        bounds.append(len(owner))
+    return (
+        torch.tensor(addresses, dtype=torch.int64, device=device).view(-1, 4),
+        torch.tensor(owner, dtype=torch.int32, device=device),
+        torch.tensor(first, dtype=torch.int64, device=device),
+        torch.tensor(bounds, dtype=torch.int64, device=device),
+    )
+
+
+class TritonKernels(Backend):
+    """The methods of TritonBackend; one score per weight (what it refuses does not come here)."""
+
+    name = "triton"
+
+    # --- elementwise ----------------------------------------------------------------------------------------------
+
+    def effective_weight(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not is_dense(weight):
+            weight = weight.contiguous()
+        scores = aligned(weight, scores)
+        fits = out is not None and out[0].stride() == weight.stride()
+        w_eff = out[0] if out is not None and fits else torch.empty_like(weight, dtype=dtype)
+        penalty = torch.zeros_like(beta) if out is None else out[1]
+        num, config = weight.numel(), configs.ELEMENTWISE
+        if num:
+            partials = beta.new_empty(triton.cdiv(num, config.block))
+            with _on(weight):
+                effective_weight_kernel[(len(partials),)](
+                    weight, scores, beta, w_eff, partials, num, KIND_CODES[kind.name], config.block,
+                    num_warps=config.num_warps,
+                )  # fmt: skip
+            torch.sum(partials, 0, out=penalty)
+        else:
+            penalty.zero_()
+        if out is not None:
+            out[0].copy_(w_eff) if not fits else torch.autograd.graph.increment_version(w_eff)
+        return (w_eff, penalty) if out is None else out
+
+    def effective_weights(
+        self, weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtypes: list[torch.dtype],
+        out: list[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        weights = [w if is_dense(w) else w.contiguous() for w in weights]
+        scores = [aligned(w, s) for w, s in zip(weights, scores, strict=True)]
+        w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)] if out is None else [
+            o if o.stride() == w.stride() else torch.empty_like(w, dtype=o.dtype)
+            for o, w in zip(out, weights, strict=True)
+        ]  # fmt: skip
+        penalties = beta.new_zeros(len(weights))
+        groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        for i, (weight, w_eff) in enumerate(zip(weights, w_effs, strict=True)):
+            if weight.numel():
+                groups.setdefault((weight.dtype, w_eff.dtype), []).append(i)
+        for (w_dtype, o_dtype), members in groups.items():
+            sums = self._launch_many(
+                [weights[i] for i in members], [scores[i] for i in members], [w_effs[i] for i in members], beta, kind,
+                w_dtype, o_dtype,
+            )  # fmt: skip
+            if len(members) == len(weights):
+                penalties = sums
+            else:
+                penalties[torch.tensor(members, device=beta.device)] = sums
+        if out is not None:
+            for given, made in zip(out, w_effs, strict=True):
+                given.copy_(made) if given is not made else torch.autograd.graph.increment_version(given)
+            return out, penalties
+        return w_effs, penalties
+
+    def _launch_many(
+        self, weights: list[Tensor], scores: list[Tensor], w_effs: list[Tensor], beta: Tensor, kind: MaskKind,
+        w_dtype: torch.dtype, o_dtype: torch.dtype,
+    ) -> Tensor:
+        config = configs.ELEMENTWISE
+        addresses = tuple(
+            (w.data_ptr(), s.data_ptr(), o.data_ptr(), w.numel())
+            for w, s, o in zip(weights, scores, w_effs, strict=True)
+        )
+        table, owner, first, bounds = _table(addresses, config.block, beta.device)
+        partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
+        with _on(beta):
+            effective_weights_kernel[(len(owner),)](
+                table, owner, first, beta, partials, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype], KIND_CODES[kind.name],
+                config.block, num_warps=config.num_warps,
+            )  # fmt: skip
+            add_up_kernel[(len(weights),)](
+                partials, bounds, sums, configs.ADD_UP.block, num_warps=configs.ADD_UP.num_warps
+            )
+        return sums
+
+    def grad_scores(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        wants_scores = needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None)
+        wants_weight = needs_weight and grad_w_eff is not None
+        if not wants_scores and not wants_weight:
+            return None, None
+        if not is_dense(weight):
+            weight = weight.contiguous()
+        if grad_w_eff is not None:
+            grad_w_eff = with_strides_of(weight, grad_w_eff)
+        given, scores = scores, aligned(weight, scores)
+        can_reuse = may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == scores.dtype
+        grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
+        assert grad_scores is not None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        num, config = weight.numel(), configs.ELEMENTWISE
+        if num:
+            with _on(weight):
+                grad_scores_kernel[(triton.cdiv(num, config.block),)](
+                    scores if grad_w_eff is None else grad_w_eff, beta if grad_penalty is None else grad_penalty,
+                    weight, scores, beta, grad_scores, weight if grad_weight is None else grad_weight, num,
+                    grad_w_eff is not None, grad_penalty is not None, wants_scores, wants_weight,
+                    KIND_CODES[kind.name], config.block, num_warps=config.num_warps,
+                )  # fmt: skip
+        if wants_scores and given is not scores:  # back to the strides that the caller's scores have
+            grad_scores = torch.empty_like(given).copy_(grad_scores)
+        return grad_scores if wants_scores else None, grad_weight
+
+    def add_penalty_grad_(
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
+        kind: MaskKind,
+    ) -> None:
+        config = configs.ELEMENTWISE
+        for grad, score, count in zip(grads, scores, weights_per_score, strict=True):
+            if not grad.numel():
+                continue
+            dense = grad if is_dense(grad) else grad.contiguous()
+            with _on(grad):
+                add_penalty_grad_kernel[(triton.cdiv(grad.numel(), config.block),)](
+                    dense, aligned(dense, score), beta, lam * count, grad.numel(), KIND_CODES[kind.name], config.block,
+                    num_warps=config.num_warps,
+                )  # fmt: skip
+            grad.copy_(dense) if dense is not grad else torch.autograd.graph.increment_version(grad)
+
+    # --- linear ---------------------------------------------------------------------------------------------------
+
+    def masked_linear(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if plan != "fused" or not x.numel() or not weight.numel():
+            return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+        weight, scores = weight.contiguous(), scores.contiguous()
+        rows = x.reshape(-1, x.shape[-1])
+        (m, k), n = rows.shape, weight.shape[0]
+        config = configs.small_m(m, x.dtype)
+        out = x.new_empty(m, n)
+        tiles_n, tiles_m = triton.cdiv(n, config.rows), triton.cdiv(m, config.columns)
+        partials = beta.new_empty(tiles_n)
+        with _on(x):
+            small_m_kernel[(tiles_n, tiles_m)](
+                rows, weight, scores, beta, out if bias is None else bias.contiguous(), out, partials, m, n, k,
+                rows.stride(0), rows.stride(1), bias is not None, KIND_CODES[kind.name], **_dot_options(x.dtype),
+                BN=config.rows, BM=config.columns, BK=config.depth, num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )  # fmt: skip
+        return out.view(*x.shape[:-1], n), partials.sum(), None
+
+    def linear_grad_scores(
+        self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if (
+            grad_out is None or x is None or not needs_scores or not kind.is_trainable or not x.numel()
+            or not weight.is_contiguous() or not scores.is_contiguous() or grad_out.dtype != x.dtype
+            or not configs.fuses_score_gradient(x.shape[0], x.dtype)
+        ):
+            return super().linear_grad_scores(
+                grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
+            )
+        (m, n), k = grad_out.shape, x.shape[1]
+        config = configs.score_gradient(x.dtype, needs_weight)
+        tiles = triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
+        steps = triton.cdiv(m, config.depth)
+        num_parts = configs.split(tiles, steps, configs.num_processors(x.device))
+        steps_per_part = triton.cdiv(steps, num_parts)
+        num_parts = triton.cdiv(steps, steps_per_part)
+        grad_scores = torch.empty_like(scores)
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        parts = grad_scores if num_parts == 1 else scores.new_empty(num_parts, n, k)
+        has_penalty, code = grad_penalty is not None, KIND_CODES[kind.name]
+        results = (
+            weight, scores, beta, grad_penalty if grad_penalty is not None else beta, grad_scores,
+            weight if grad_weight is None else grad_weight,
+        )  # fmt: skip
+        with _on(x):
+            score_gradient_kernel[(tiles, num_parts)](
+                grad_out, x, *results, parts, m, n, k, *grad_out.stride(), *x.stride(), steps_per_part, has_penalty,
+                needs_weight, code, num_parts > 1, **_dot_options(x.dtype), BN=config.rows, BK=config.columns,
+                BM=config.depth, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            if num_parts > 1:
+                flat = configs.ELEMENTWISE
+                add_parts_kernel[(triton.cdiv(n * k, flat.block),)](
+                    parts, *results, n * k, num_parts, has_penalty, needs_weight, code, flat.block,
+                    num_warps=flat.num_warps,
+                )  # fmt: skip
+        return grad_scores, grad_weight

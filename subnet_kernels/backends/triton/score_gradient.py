@@ -1,0 +1,91 @@
+"""grad_scores = ((grad_out.T @ x) * weight + grad_penalty) * slope in one kernel: the product's tile never leaves the
+registers before it is the score gradient. Where the tiles of [N, K] do not fill the chip the sum over tokens is split;
+then a second kernel adds the parts in their order and does the epilogue. The first step of the sum is peeled off the
+loop: Triton 3.6 otherwise makes code that ptxas serialises (C7515)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .mask import mask_slope, mask_value
+
+
+@triton.jit
+def epilogue(
+    product, at, inside, weight, scores, beta, grad_penalty, grad_scores, grad_weight, HAS_PENALTY: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """From grad_out.T @ x at the weights `at` to the gradients of scores and, if wanted, of weight."""
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    inverse_temperature = tl.load(beta)
+    total = product * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_PENALTY:
+        total += tl.load(grad_penalty)
+    tl.store(grad_scores + at, total * mask_slope(score, inverse_temperature, KIND), mask=inside)
+    if WANTS_WEIGHT:
+        m = mask_value(score, inverse_temperature, KIND)
+        tl.store(grad_weight + at, (product * m).to(grad_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def score_gradient_kernel(
+    grad_out, x, weight, scores, beta, grad_penalty, grad_scores, grad_weight, parts, m, n, k, grad_out_row,
+    grad_out_column, x_row, x_column, steps_per_part, HAS_PENALTY: tl.constexpr, WANTS_WEIGHT: tl.constexpr,
+    KIND: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of [N, K], part of the tokens). parts fp32 [num_parts, N, K] is written if IS_SPLIT, else the
+    results are. UPCAST: products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
+    num_column_tiles = tl.cdiv(k, BK)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    rows = (tile // num_column_tiles) * BN + tl.arange(0, BN)
+    columns = (tile % num_column_tiles) * BK + tl.arange(0, BK)
+    first = part * steps_per_part * BM
+    last = tl.minimum(m, first + steps_per_part * BM)
+    tokens = first + tl.arange(0, BM)
+    is_row, is_column = (rows < n)[:, None], (columns < k)[None, :]
+    grad_out += rows.to(tl.int64)[:, None] * grad_out_column + tokens.to(tl.int64)[None, :] * grad_out_row
+    x += tokens.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column
+    g = tl.load(grad_out, mask=is_row & (tokens < last)[None, :], other=0.0)
+    v = tl.load(x, mask=(tokens < last)[:, None] & is_column, other=0.0)
+    if UPCAST:
+        g, v = g.to(tl.float32), v.to(tl.float32)
+    product = tl.dot(g, v, input_precision=PRECISION)
+    for start in range(first + BM, last, BM):
+        grad_out += BM * grad_out_row
+        x += BM * x_row
+        left = (start + tl.arange(0, BM)) < last
+        g = tl.load(grad_out, mask=is_row & left[None, :], other=0.0)
+        v = tl.load(x, mask=left[:, None] & is_column, other=0.0)
+        if UPCAST:
+            g, v = g.to(tl.float32), v.to(tl.float32)
+        product = tl.dot(g, v, product, input_precision=PRECISION)
+    inside = is_row & is_column
+    at = rows.to(tl.int64)[:, None] * k + columns[None, :]
+    if IS_SPLIT:
+        tl.store(parts + part.to(tl.int64) * n * k + at, product, mask=inside)
+    else:
+        epilogue(
+            product, at, inside, weight, scores, beta, grad_penalty, grad_scores, grad_weight, HAS_PENALTY,
+            WANTS_WEIGHT, KIND,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_parts_kernel(
+    parts, weight, scores, beta, grad_penalty, grad_scores, grad_weight, num, num_parts, HAS_PENALTY: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up the parts in their order, then the epilogue, over the flat range of weights."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num
+    product = tl.zeros((BLOCK,), dtype=tl.float32)
+    parts += at
+    for _ in range(0, num_parts):
+        product += tl.load(parts, mask=inside, other=0.0)
+        parts += num
+    epilogue(
+        product, at, inside, weight, scores, beta, grad_penalty, grad_scores, grad_weight, HAS_PENALTY, WANTS_WEIGHT,
+        KIND,
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+"""Every Triton kernel in every shipped config compiles for sm_80 and sm_90, without a GPU, into what it should be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from subnet_kernels.backends.triton import TritonBackend, load_error
+
+if load_error() is not None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if TritonBackend._is_interpreted():
+    pytest.skip("interpreted kernels can't be compiled in the same process", allow_module_level=True)
+
+import triton
+
+from tests.kernels.triton_ahead import ARCHS, SHARED_LIMIT, builds, compile_ahead, read_table
+
+BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", BUILDS)
+def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, arch):
+    build = BUILDS[name]
+    row = compile_ahead(build, arch)
+    assert row.spilled_bytes == 0 and row.shared_bytes <= SHARED_LIMIT[arch] and not row.is_serialised, row
+    if build.is_gemm:
+        is_small_m = row.kernel.startswith("small_m")
+        wgmma = "wgmma from registers" if is_small_m else "wgmma from shared memory"
+        assert row.products == ("fma" if "ieee" in build.label else wgmma if arch == 90 else "mma"), row
+    if triton.__version__ != "3.7.1":
+        return  # another compiler, another number of registers
+    committed = [r for r in read_table() if (r["kernel"], r["dtype"], r["arch"]) == (row.kernel, row.dtype, str(arch))]
+    now = {key: str(value) for key, value in asdict(row).items()}
+    assert committed == [now], "run `python -m tests.kernels.triton_ahead` and commit the table if this was meant"
+
+
+def test_the_table_holds_nothing_else():
+    keys = {(r["kernel"], r["dtype"], r["arch"]) for r in read_table()}
+    assert keys == {(build.name, build.dtype, str(arch)) for build in BUILDS.values() for arch in ARCHS}

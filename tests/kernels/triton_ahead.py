@@ -1,0 +1,179 @@
+"""Compiles every Triton kernel with every shipped config for sm_80 and sm_90, without a GPU, and says what came out.
+
+    python -m tests.kernels.triton_ahead        # writes tests/kernels/triton_kernels.csv anew
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from subnet_kernels.backends.triton import configs, elementwise, score_gradient, small_m
+
+TABLE = Path(__file__).with_name("triton_kernels.csv")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHS = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+TL_NAMES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation: kernel, the dtype of weight and x, and everything that is fixed at compile time."""
+
+    kernel: Any
+    label: str
+    dtype: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    is_gemm: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__ + (f" ({self.label})" if self.label else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out. products: "wgmma" and where its left operand lies, "mma", or "fma"."""
+
+    kernel: str
+    dtype: str
+    arch: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    products: str
+    is_serialised: bool
+
+
+def builds() -> Iterator[Build]:
+    """Every kernel in every shipped config."""
+    flat, warps = {"BLOCK": configs.ELEMENTWISE.block}, configs.ELEMENTWISE.num_warps
+    epilogue = {"HAS_PENALTY": True, "WANTS_WEIGHT": False, "KIND": 0}
+    for dtype, tl in TL_NAMES.items():
+        yield Build(elementwise.effective_weight_kernel, "", dtype, {**flat, "KIND": 0}, warps)
+        many = {**flat, "KIND": 0, "W_DTYPE": tl, "O_DTYPE": tl}
+        yield Build(elementwise.effective_weights_kernel, "", dtype, many, warps)
+        wanted = {"HAS_GRAD": True, "HAS_PENALTY": True, "WANTS_SCORES": True, "WANTS_WEIGHT": True, "KIND": 0}
+        yield Build(elementwise.grad_scores_kernel, "", dtype, {**flat, **wanted}, warps)
+        yield Build(score_gradient.add_parts_kernel, "", dtype, {**flat, **epilogue}, warps)
+        for precision in ("tf32", "ieee") if dtype == "fp32" else ("ieee",):
+            label = precision if dtype == "fp32" else ""
+            product = {"PRECISION": precision, "UPCAST": False, "x_column": 1}
+            for is_split, wants_weight in ((False, False), (False, True), (True, False)):
+                config = configs.score_gradient(_torch_dtype(dtype), wants_weight)
+                constants = {
+                    **epilogue, **product, **_tile(config, "BN", "BK", "BM"), "WANTS_WEIGHT": wants_weight,
+                    "IS_SPLIT": is_split, "grad_out_column": 1,
+                }  # fmt: skip
+                what = "split" if is_split else "with weight gradient" if wants_weight else ""
+                yield _gemm(score_gradient.score_gradient_kernel, (label, what), dtype, constants, config)
+            for config in dict.fromkeys(configs.small_m(rows, _torch_dtype(dtype)) for rows in configs.SMALL_M):
+                constants = {**product, **_tile(config, "BN", "BM", "BK"), "HAS_BIAS": True, "KIND": 0}
+                yield _gemm(small_m.small_m_kernel, (label, f"{config.columns} rows of x"), dtype, constants, config)
+    yield Build(elementwise.add_penalty_grad_kernel, "", "fp32", {**flat, "KIND": 0}, warps)
+    yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
+
+
+def _tile(config: configs.Gemm, rows: str, columns: str, depth: str) -> dict[str, int]:
+    return {rows: config.rows, columns: config.columns, depth: config.depth}
+
+
+def _gemm(kernel: Any, labels: tuple[str, ...], dtype: str, constants: dict[str, Any], config: configs.Gemm) -> Build:
+    label = ", ".join(part for part in labels if part)
+    return Build(kernel, label, dtype, constants, config.num_warps, config.num_stages, True)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+_POINTERS = {
+    "weight": "W", "w_eff": "W", "grad_w_eff": "W", "grad_weight": "W", "x": "W", "grad_out": "W", "bias": "W",
+    "out": "W", "scores": "fp32", "beta": "fp32", "partials": "fp32", "sums": "fp32", "grad_penalty": "fp32",
+    "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
+    "block_first": "i64", "bounds": "i64",
+}  # fmt: skip
+
+
+def _type_of(name: str, build: Build) -> str:
+    if name in build.constants:
+        return "constexpr"
+    if name == "scale":
+        return "fp32"
+    if name in _POINTERS:
+        return "*" + (build.dtype if _POINTERS[name] == "W" else _POINTERS[name])
+    return "i32"  # sizes and strides
+
+
+def compile_ahead(build: Build, arch: int) -> Row:
+    names = build.kernel.arg_names
+    signature = {name: _type_of(name, build) for name in names}
+    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name != "steps_per_part"]
+    source = ASTSource(
+        build.kernel, signature, constexprs={(names.index(n),): v for n, v in build.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in is_multiple},
+    )  # fmt: skip
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spilled, report = _assemble(compiled.asm["ptx"], arch)
+    return Row(
+        build.name, build.dtype, arch, registers, spilled, compiled.metadata.shared,
+        _products(compiled.asm["cubin"]) if build.is_gemm else "", "C7515" in report or "serialized" in report,
+    )  # fmt: skip
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int, str]:
+    """(registers, spilled bytes, ptxas's report)"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        name = "sm_90a" if arch == 90 else f"sm_{arch}"
+        command = [TOOLS / "ptxas", "-v", "--gpu-name", name, path, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = done.stdout + done.stderr
+    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spilled, report  # type: ignore[index]
+
+
+def _products(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+    wgmma = re.findall(r"HGMMA\.\S+ R\d+, (\S+?)[,.]", text)
+    if wgmma:
+        return "wgmma from registers" if all(left.startswith("R") for left in wgmma) else "wgmma from shared memory"
+    return "mma" if re.search(r"\bHMMA\.", text) else "fma"
+
+
+def read_table() -> list[dict[str, str]]:
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    rows = [asdict(compile_ahead(build, arch)) for build in builds() for arch in ARCHS]
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(TABLE.read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()
