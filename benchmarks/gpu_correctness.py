@@ -79,6 +79,9 @@ def triton_checks(
             for label, case in linears.items():
                 yield f"triton, linear, {plan}, {label}, {name}", max(testing.worst_errors(case, op).values())
         op = functools.partial(testing.ours, backend="triton")
+        for label, shape in {"row": (12, 1), "column": (1, 20), "block": (3, 5), "one score": (1, 1)}.items():
+            case = testing.linear_case(7, 12, 20, dtype, scores_shape=shape, seed=seed, device=device)
+            yield f"triton, linear, {label}, {name}", max(testing.worst_errors(case, op).values())
         for label, case in {
             "3x3": testing.conv_case((2, 8, 9, 9), (6, 8, 3, 3), dtype, padding=1, seed=seed, device=device),
             "groups, channels_last": testing.conv_case(

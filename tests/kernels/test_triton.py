@@ -81,6 +81,35 @@ def test_parts_depend_on_sizes_and_device_alone_and_keep_four_steps():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit", ["row", "column", "block", "one score", "transposed row", "same sums in parts"])
+def test_coarse_scores_are_within_the_error_bound(unit, dtype, monkeypatch):
+    if unit == "same sums in parts":
+        monkeypatch.setattr(configs, "score_parts", lambda *args: (3, 100))
+    shape = {"row": (12, 1), "column": (1, 20), "block": (3, 5), "one score": (1, 1)}.get(unit, (12, 1))
+    if unit == "same sums in parts":
+        shape = (1, 1)
+    is_transposed = unit == "transposed row"
+    check(linear_case(7, 12, 20, dtype, scores_shape=shape, is_transposed=is_transposed, device=DEVICE))
+
+
+FILTER_UNITS = [(6, 1, 1, 1), (1, 4, 1, 1), (6, 4, 1, 1), (1, 1, 3, 3), (2, 2, 3, 1)]
+
+
+@pytest.mark.parametrize("scores_shape", FILTER_UNITS, ids=size_id)
+@pytest.mark.parametrize("is_channels_last", [False, True])
+def test_coarse_scores_of_filters_are_within_the_error_bound(scores_shape, is_channels_last):
+    check(conv_case(
+        (2, 4, 6, 5), (6, 4, 3, 3), torch.float32, scores_shape=scores_shape, padding=1,
+        is_channels_last=is_channels_last, device=DEVICE,
+    ))  # fmt: skip
+
+
+def test_the_weights_of_a_score_are_added_in_parts_that_fill_the_chip():
+    assert configs.score_parts(num_scores=1, per_score=1_000_000, num_processors=132) == (244, 4099)
+    assert configs.score_parts(num_scores=768, per_score=3072, num_processors=132) == (1, 3072)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conv_is_within_the_error_bound_in_both_memory_formats(dtype):
     for case in (
         conv_case((2, 4, 6, 5), (6, 2, 3, 3), dtype, groups=2, padding=1, device=DEVICE),
@@ -174,7 +203,7 @@ def test_a_masked_model_trains_as_on_the_reference_backend():
 
 
 @pytest.mark.parametrize(("kwargs", "conv", "reason"), [
-    ({"scores_shape": (6, 1)}, False, "scores coarser than weight are not built in Triton yet"),
+    ({"scores_shape": (6, 1), "plan": "fused"}, False, "not built in Triton yet for scores coarser than weight"),
     ({"dtype": torch.float64}, False, "torch.float64 weight computed in torch.float64 is not among its dtypes"),
     ({"plan": "fused"}, True, "plan 'fused' is not built in Triton yet for convolutions"),
 ])  # fmt: skip

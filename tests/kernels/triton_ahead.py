@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from subnet_kernels.backends.triton import configs, elementwise, score_gradient, small_m
+from subnet_kernels.backends.triton import configs, elementwise, score_gradient, small_m, units
 
 TABLE = Path(__file__).with_name("triton_kernels.csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,6 +66,9 @@ def builds() -> Iterator[Build]:
         yield Build(elementwise.effective_weight_kernel, "", dtype, {**flat, "KIND": 0}, warps)
         many = {**flat, "KIND": 0, "W_DTYPE": tl, "O_DTYPE": tl}
         yield Build(elementwise.effective_weights_kernel, "", dtype, many, warps)
+        yield Build(units.effective_weight_unit_kernel, "", dtype, {**flat, "KIND": 0}, warps)
+        sums = configs.SCORE_SUMS
+        yield Build(units.score_sums_kernel, "", dtype, {"BLOCK": sums.block}, sums.num_warps)
         wanted = {"HAS_GRAD": True, "HAS_PENALTY": True, "WANTS_SCORES": True, "WANTS_WEIGHT": True, "KIND": 0}
         yield Build(elementwise.grad_scores_kernel, "", dtype, {**flat, **wanted}, warps)
         yield Build(score_gradient.add_parts_kernel, "", dtype, {**flat, **epilogue}, warps)
@@ -83,6 +86,8 @@ def builds() -> Iterator[Build]:
             for config in dict.fromkeys(configs.small_m(rows, _torch_dtype(dtype)) for rows in configs.SMALL_M):
                 constants = {**product, **_tile(config, "BN", "BM", "BK"), "HAS_BIAS": True, "KIND": 0}
                 yield _gemm(small_m.small_m_kernel, (label, f"{config.columns} rows of x"), dtype, constants, config)
+    finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
+    yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
     yield Build(elementwise.add_penalty_grad_kernel, "", "fp32", {**flat, "KIND": 0}, warps)
     yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
 
@@ -110,10 +115,16 @@ _POINTERS = {
 }  # fmt: skip
 
 
+_ANY_NUMBER = {
+    "steps_per_part", "num_parts", "num_scores", "per_score", "per_part",
+    *(f"{what}_{d}" for what in ("size", "group") for d in range(4)),
+}  # fmt: skip  # arguments that are no multiples of 16 as a rule
+
+
 def _type_of(name: str, build: Build) -> str:
     if name in build.constants:
         return "constexpr"
-    if name == "scale":
+    if name == "scale" or (name == "per_score" and "HAS_PENALTY" in build.constants):
         return "fp32"
     if name in _POINTERS:
         return "*" + (build.dtype if _POINTERS[name] == "W" else _POINTERS[name])
@@ -123,7 +134,7 @@ def _type_of(name: str, build: Build) -> str:
 def compile_ahead(build: Build, arch: int) -> Row:
     names = build.kernel.arg_names
     signature = {name: _type_of(name, build) for name in names}
-    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name != "steps_per_part"]
+    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name not in _ANY_NUMBER]
     source = ASTSource(
         build.kernel, signature, constexprs={(names.index(n),): v for n, v in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in is_multiple},

@@ -1,5 +1,5 @@
-"""The Triton backend. mask.py: the mask functions; elementwise.py, score_gradient.py, small_m.py: kernels; configs.py:
-their tiles; launch.py: calls them. Triton itself is imported when the backend is first considered for a GPU.
+"""The Triton backend. mask.py: the mask functions; elementwise.py, units.py, score_gradient.py, small_m.py: kernels;
+configs.py: their tiles; launch.py: calls them. Triton is imported when the backend is first considered for a GPU.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class TritonBackend(Backend):
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
         if call.kind not in ("sigmoid", "hard"):
             return f"kind {call.kind!r} is not built here yet"
-        if not call.is_same_shape:
-            return "scores coarser than weight are not built in Triton yet"
+        if call.num_dims > 4 and not call.is_same_shape:
+            return f"coarse scores over a weight with {call.num_dims} dimensions are not built here (up to 4 are)"
         if call.plan == "fused" and call.op != "masked_linear":
             return "plan 'fused' is not built in Triton yet for convolutions; use plan='cached'"
+        if call.plan == "fused" and not call.is_same_shape:
+            return "plan 'fused' is not built in Triton yet for scores coarser than weight; use plan='cached'"
         return None
 
     @staticmethod

@@ -33,6 +33,7 @@ class Gemm:
 
 
 ELEMENTWISE = Elementwise(1024, 4, "8 values a thread: two 16-byte accesses of each fp32 stream; 30 registers or so")
+SCORE_SUMS = Elementwise(512, 4, "one program adds the weights of one score, or a part of them")
 ADD_UP = Elementwise(256, 4, "one program adds a tensor's partial sums")
 
 SCORE_GRADIENT = {
@@ -76,6 +77,15 @@ def fuses_score_gradient(num_tokens: int, dtype: torch.dtype) -> bool:
     measurement: beyond some 8,000 tokens the saved bytes count less than cuBLAS's better rate, and Triton's fp32
     product without TF32 does not use tensor cores."""
     return dtype.itemsize == 2 and num_tokens <= 8192
+
+
+def score_parts(num_scores: int, per_score: int, num_processors: int) -> tuple[int, int]:
+    """(parts, weights per part) in which the weights of each score are added: enough programs to fill the chip four
+    times, parts of 4,096 weights at least; from sizes and device alone."""
+    wanted = -(-4 * num_processors // num_scores)
+    num_parts = max(1, min(wanted, per_score // 4096))
+    per_part = -(-per_score // num_parts)
+    return -(-per_score // per_part), per_part
 
 
 def num_processors(device: torch.device) -> int:

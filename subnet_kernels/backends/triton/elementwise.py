@@ -1,6 +1,6 @@
 """Kernels that read and write each weight once: effective weight and mask sum, score gradient, penalty gradient.
 
-One score per weight; all tensors are given as dense storage of the same element order.
+One score per weight (units.py has the others); all tensors are given as dense storage of the same element order.
 """
 
 from __future__ import annotations

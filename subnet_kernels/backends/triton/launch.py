@@ -25,6 +25,7 @@ from .elementwise import (
 )
 from .score_gradient import add_parts_kernel, score_gradient_kernel
 from .small_m import small_m_kernel
+from .units import effective_weight_unit_kernel, finish_scores_kernel, score_sums_kernel
 
 KIND_CODES = {"sigmoid": 0, "hard": 1}
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -61,8 +62,27 @@ def _table(
     )
 
 
+class _Unit:
+    """Coarse scores over a dense weight, as the kernels of units.py see them."""
+
+    def __init__(self, weight: Tensor, scores: Tensor) -> None:
+        order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+        self.order, self.given = order, scores
+        sizes = [1] * (4 - len(order)) + [weight.shape[d] for d in order]
+        counts = [1] * (4 - len(order)) + [scores.shape[d] for d in order]
+        groups = [size // count for size, count in zip(sizes, counts, strict=True)]
+        self.geometry = (*sizes[1:], *groups)
+        self.per_score = weight.numel() // scores.numel()
+        self.scores = scores.detach().permute(order).contiguous()
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """A tensor like self.scores, in the dimensions and strides of the scores that were given."""
+        inverse = [self.order.index(d) for d in range(len(self.order))]
+        return torch.empty_like(self.given).copy_(values.view(self.scores.shape).permute(inverse))
+
+
 class TritonKernels(Backend):
-    """The methods of TritonBackend; one score per weight (what it refuses does not come here)."""
+    """The methods of TritonBackend (what that refuses does not come here)."""
 
     name = "triton"
 
@@ -81,11 +101,14 @@ class TritonKernels(Backend):
         num, config = weight.numel(), configs.ELEMENTWISE
         if num:
             partials = beta.new_empty(triton.cdiv(num, config.block))
+            if scores.shape == weight.shape:
+                kernel, arguments = effective_weight_kernel, (weight, scores, beta, w_eff, partials, num)
+            else:
+                unit = _Unit(weight, scores)
+                kernel = effective_weight_unit_kernel
+                arguments = weight, unit.scores, beta, w_eff, partials, num, *unit.geometry
             with _on(weight):
-                effective_weight_kernel[(len(partials),)](
-                    weight, scores, beta, w_eff, partials, num, KIND_CODES[kind.name], config.block,
-                    num_warps=config.num_warps,
-                )  # fmt: skip
+                kernel[(len(partials),)](*arguments, KIND_CODES[kind.name], config.block, num_warps=config.num_warps)
             torch.sum(partials, 0, out=penalty)
         else:
             penalty.zero_()
@@ -106,7 +129,9 @@ class TritonKernels(Backend):
         penalties = beta.new_zeros(len(weights))
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
         for i, (weight, w_eff) in enumerate(zip(weights, w_effs, strict=True)):
-            if weight.numel():
+            if scores[i].shape != weight.shape:
+                self.effective_weight(weight, scores[i], beta, kind, w_eff.dtype, (w_eff, penalties[i]))
+            elif weight.numel():
                 groups.setdefault((weight.dtype, w_eff.dtype), []).append(i)
         for (w_dtype, o_dtype), members in groups.items():
             sums = self._launch_many(
@@ -156,6 +181,11 @@ class TritonKernels(Backend):
             weight = weight.contiguous()
         if grad_w_eff is not None:
             grad_w_eff = with_strides_of(weight, grad_w_eff)
+        if scores.shape != weight.shape:
+            return (
+                self._unit_grad_scores(grad_w_eff, grad_penalty, weight, scores, beta, kind) if wants_scores else None,
+                self.effective_weight(grad_w_eff, scores, beta, kind, weight.dtype)[0] if wants_weight else None,
+            )
         given, scores = scores, aligned(weight, scores)
         can_reuse = may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == scores.dtype
         grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
@@ -173,6 +203,30 @@ class TritonKernels(Backend):
         if wants_scores and given is not scores:  # back to the strides that the caller's scores have
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
+
+    def _unit_grad_scores(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind,
+    ) -> Tensor:
+        if not weight.numel():
+            return torch.zeros_like(scores)
+        unit, config = _Unit(weight, scores), configs.ELEMENTWISE
+        num, per_score = scores.numel(), unit.per_score
+        num_parts, per_part = configs.score_parts(num, per_score, configs.num_processors(weight.device))
+        sums = beta.new_empty(num_parts if grad_w_eff is not None else 0, num)
+        grad_scores = torch.empty_like(unit.scores)
+        with _on(weight):
+            if grad_w_eff is not None:
+                score_sums_kernel[(num, num_parts)](
+                    grad_w_eff, weight, sums, num, *unit.geometry, per_score, per_part, configs.SCORE_SUMS.block,
+                    num_warps=configs.SCORE_SUMS.num_warps,
+                )  # fmt: skip
+            finish_scores_kernel[(triton.cdiv(num, config.block),)](
+                sums, beta if grad_penalty is None else grad_penalty, unit.scores, beta, grad_scores, num, len(sums),
+                float(per_score), grad_penalty is not None, KIND_CODES[kind.name], config.block,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+        return unit.as_given(grad_scores)
 
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
@@ -196,7 +250,7 @@ class TritonKernels(Backend):
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if plan != "fused" or not x.numel() or not weight.numel():
+        if plan != "fused" or not x.numel() or not weight.numel() or scores.shape != weight.shape:
             return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
         weight, scores = weight.contiguous(), scores.contiguous()
         rows = x.reshape(-1, x.shape[-1])
@@ -220,8 +274,8 @@ class TritonKernels(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         if (
             grad_out is None or x is None or not needs_scores or not kind.is_trainable or not x.numel()
-            or not weight.is_contiguous() or not scores.is_contiguous() or grad_out.dtype != x.dtype
-            or not configs.fuses_score_gradient(x.shape[0], x.dtype)
+            or not weight.is_contiguous() or not scores.is_contiguous() or scores.shape != weight.shape
+            or grad_out.dtype != x.dtype or not configs.fuses_score_gradient(x.shape[0], x.dtype)
         ):
             return super().linear_grad_scores(
                 grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
