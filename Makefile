@@ -46,7 +46,7 @@ test: setup
 # the PyTorch 2.11 generation's Triton, in an environment of its own; not part of CI
 test-triton36:
 	@test -x .venv36/bin/python || $(PYTHON) -m venv .venv36
-	@.venv36/bin/pip --disable-pip-version-check install -q torch==2.13.0 triton==3.6.0 "numpy<2.4" pytest
+	@.venv36/bin/pip --disable-pip-version-check install -q torch==2.13.0 triton==3.6.0 "numpy<2.4" pytest safetensors tqdm
 	@PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton_ahead.py
 	@TRITON_INTERPRET=1 PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton.py
 
