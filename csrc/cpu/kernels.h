@@ -20,9 +20,8 @@ struct CpuKernels {
   void (*grad_scores_reduce)(const GradScores&, int64_t part_begin, int64_t part_end);
   // Not flat: gradients of the mask positions [begin, end) from the sums.
   void (*grad_scores_finish)(const GradScores&, int64_t begin, int64_t end);
-  // Few rows of x, a product fused with the pass over its weight. `pack` comes first and fills p.packed, for steps [begin,
-  // end) of k (forward) or m (backward); then blocks of
-  // kLinearBlock rows of weight.
+  // Few rows of x, a product fused with the pass over its weight. `pack` comes first and fills p.packed for steps
+  // [begin, end) of k (forward) or m (backward); then blocks of kLinearBlock rows of weight.
   void (*masked_linear_pack)(const MaskedLinear&, int64_t begin, int64_t end);
   void (*masked_linear)(const MaskedLinear&, int64_t block_begin, int64_t block_end);
   void (*linear_grad_scores_pack)(const LinearGradScores&, int64_t begin, int64_t end);

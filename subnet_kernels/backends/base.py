@@ -101,9 +101,11 @@ class Backend:
         """(out, penalty, the effective weight to keep for the backward pass or None: it is made again there); the
         effective weight and the penalty are written into ``buffers`` if given."""
         w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
-        return self.linear(x, w_eff, bias, kind), penalty, None if plan == "fused" else w_eff
+        return self.linear(x, w_eff, bias, kind, weight, scores), penalty, None if plan == "fused" else w_eff
 
-    def linear(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind) -> Tensor:
+    def linear(
+        self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
+    ) -> Tensor:
         """The product of masked_linear with an effective weight that is there already; the same bits as there."""
         return F.linear(x, w_eff, bias)
 

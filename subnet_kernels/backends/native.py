@@ -43,7 +43,7 @@ def has_cuda_kernels() -> bool:
 @functools.cache
 def fused_linear_rows() -> int:
     """Up to so many rows of x, linear products run fused with the pass over their weight, on this processor."""
-    return torch.ops.subnet_native.fused_linear_rows()
+    return torch.ops.subnet_native.fused_linear_rows() if is_available() else 0
 
 
 def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
@@ -52,7 +52,7 @@ def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
     num = weights[0].numel()
     return (
         num >= _FEWEST_FUSED and kind.name == "sigmoid" and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
-        and x.dtype == torch.float32 and x.is_contiguous() and all(
+        and x.dtype == torch.float32 and x.is_contiguous() and x.dim() <= 8 and all(
             w.dtype == torch.float32 and w.is_contiguous() and w.numel() == num for w in weights
         )
     )  # fmt: skip
@@ -180,8 +180,10 @@ class NativeBackend(Backend):
             _bump(buffers)
         return out, penalty, w_eff
 
-    def linear(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind) -> Tensor:
-        if self.name != "cpu" or not _is_fused(kind, x, w_eff):
+    def linear(
+        self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
+    ) -> Tensor:
+        if self.name != "cpu" or not _is_fused(kind, x, weight, scores):
             return F.linear(x, w_eff, bias)
         out = x.new_empty(*x.shape[:-1], w_eff.shape[0])
         torch.ops.subnet_native.linear.default(x, w_eff, bias if bias is None else bias.contiguous(), out)

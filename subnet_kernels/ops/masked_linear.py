@@ -44,7 +44,7 @@ def _forward(
     kept = slot.lookup(weight, scores, beta, kind, x.dtype)
     if kept is not None:
         w_eff, penalty = kept
-        out = backend.linear(x, w_eff, bias, kind)
+        out = backend.linear(x, w_eff, bias, kind, weight, scores)
     else:
         buffers = slot.to_fill(weight, scores, beta, x.dtype)
         out, penalty, w_eff = backend.masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
@@ -111,10 +111,10 @@ def _implementation(
     key: Tensor | None, plan: str | None, backend: str | None, w_eff: Tensor | None = None,
     penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    chosen, mask_kind = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend), as_kind(kind, params)
     if w_eff is not None and penalty is not None:
-        return F.linear(x, w_eff, bias), penalty.clone(), no_gradient(weight)
-    chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend)
-    out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, as_kind(kind, params), plan)
+        return chosen.linear(x, w_eff, bias, mask_kind, weight, scores), penalty.clone(), no_gradient(weight)
+    out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, mask_kind, plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 

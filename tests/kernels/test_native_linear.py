@@ -184,15 +184,29 @@ def test_the_cpu_backend_uses_them_where_they_fit_and_agrees_elsewhere(case, mon
 
 
 @pytest.mark.parametrize("rows", [5, 200])
-def test_a_layer_gives_the_same_bits_whether_its_effective_weight_was_there_or_not(rows):
+@pytest.mark.parametrize("case", ["plain", "row", "column", "transposed scores", "transposed weight"])
+def test_a_layer_gives_the_same_bits_whether_its_effective_weight_was_there_or_not(rows, case):
     from subnets.nn import MaskedLinear
 
     x, weight, scores, bias, _ = inputs((rows, 70, 240))
-    layer = MaskedLinear(240, 70)
+    layer = MaskedLinear(240, 70, unit=case if case in ("row", "column") else "weight")
+    if case == "transposed weight":
+        layer.weight.data = weight.t().contiguous().t()
+    if case == "transposed scores":
+        layer.scores.data = scores.t().contiguous().t()
     with torch.no_grad():
-        layer.weight.copy_(weight), layer.scores.copy_(scores), layer.bias.copy_(bias)
+        layer.weight.copy_(weight), layer.bias.copy_(bias)
+        layer.scores.copy_(scores[: layer.scores.shape[0], : layer.scores.shape[1]])
+    compiled = torch.compile(layer, backend="aot_eager")
     first, second = layer(x), layer(x)
+    assert torch.equal(first, second) and torch.equal(first, compiled(x))
     layer._slot.clear()
-    assert torch.equal(first, second) and torch.equal(first, layer(x))
+    assert torch.equal(first, layer(x)) and torch.equal(first, compiled(x))
     with torch.inference_mode():
         assert torch.equal(first, layer(x))
+
+
+def test_x_of_many_dimensions_is_served():
+    x, weight, scores, bias, _ = inputs((4, 70, 240))
+    out, _ = sk.masked_linear(x.view(1, 1, 1, 1, 1, 1, 1, 4, 240), weight, scores, 3.5, bias)
+    assert out.shape == (1, 1, 1, 1, 1, 1, 1, 4, 70)

@@ -44,8 +44,8 @@ def check(case, **kwargs):
 def small_tiles(monkeypatch):
     """Fused kernels whatever the dtype, in small tiles."""
     monkeypatch.setattr(configs, "fuses_score_gradient", lambda m, dtype: True)
-    monkeypatch.setattr(configs, "score_gradient", lambda dtype, needs_weight: SMALL_TILES)
-    monkeypatch.setattr(configs, "small_m", lambda m, dtype: SMALL_TILES)
+    monkeypatch.setattr(configs, "score_gradient", lambda dtype, is_plain: SMALL_TILES)
+    monkeypatch.setattr(configs, "small_m", lambda m, dtype, weight_dtype: SMALL_TILES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,8 +120,9 @@ def test_conv_is_within_the_error_bound_in_both_memory_formats(dtype):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_results_repeat_bit_for_bit_and_no_element_is_left_unwritten(monkeypatch):
-    empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: empty(t, *a, **k).fill_(float("nan")))
+    new, like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: new(t, *a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: like(t, **k).fill_(float("nan")))
     case = linear_case(200, 37, 70, torch.float32, device=DEVICE)
 
     def results(plan):
@@ -136,15 +137,20 @@ def test_results_repeat_bit_for_bit_and_no_element_is_left_unwritten(monkeypatch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_effective_weights_of_many_tensors_are_those_of_each(dtype):
+def test_effective_weights_of_many_tensors_are_those_of_each(dtype, monkeypatch):
     shapes = [(1, 1), (3, 5), (127, 129), (8, 3, 3, 3), (0, 4), (70, 60)]
     weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
     weights[1::2] = [w.to(dtype) for w in weights[1::2]]
     weights[3] = weights[3].contiguous(memory_format=torch.channels_last)
     weights[5] = weights[5].t()
     scores = [torch.randn(w.shape, device=DEVICE) for w in weights]
+    calls = []
+    many = launch.TritonKernels._launch_many
+    monkeypatch.setattr(launch.TritonKernels, "_launch_many", lambda *a: (calls.append(len(a[1])), many(*a))[1])
+    kind, dtypes = sk.masks.Sigmoid(), [w.dtype for w in weights]
+    w_effs, penalties = launch.TritonKernels().effective_weights(weights, scores, BETA, kind, dtypes)
+    assert sum(calls) == 5 and len(calls) == len(set(dtypes))  # one launch a dtype; the empty one needs none
     with sk.use_backend("triton"):
-        w_effs, penalty = sk.effective_weights(weights, scores, 3.0)
         alone = [sk.effective_weight(w, s, 3.0) for w, s in zip(weights, scores, strict=True)]
     for w, s, w_eff, (one, _) in zip(weights, scores, w_effs, alone, strict=True):
         assert w_eff.dtype == w.dtype and w_eff.stride() == w.stride() and torch.equal(w_eff, one)
@@ -152,8 +158,8 @@ def test_effective_weights_of_many_tensors_are_those_of_each(dtype):
         roundoff = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}[w.dtype]
         assert ((w_eff.double() - truth).abs() <= roundoff * truth.abs() + 6e-8).all()
     total = sum(torch.sigmoid(3 * s.double()).sum().item() for s in scores)
-    assert penalty.item() == pytest.approx(total, rel=1e-6)
-    assert sum(p.item() for _, p in alone) == pytest.approx(total, rel=1e-6)
+    assert penalties.sum().item() == pytest.approx(total, rel=1e-6)
+    assert penalties.tolist() == pytest.approx([p.item() for _, p in alone], rel=1e-6)
 
 
 def test_no_table_is_copied_to_the_device_while_addresses_stay():
@@ -219,3 +225,19 @@ def test_empty_batches_and_weights_are_served():
     for size in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         for plan in ("cached", "fused"):
             check(linear_case(*size, device=DEVICE), plan=plan)
+    check(linear_case(1000, 0, 4, torch.float16, device=DEVICE))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_either_of_torchs_switches_for_tf32_is_heeded(precision, monkeypatch):
+    for set_it in (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", precision),
+    ):
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            set_it()
+            assert launch._dot_options(torch.float32)["PRECISION"] == precision
+            assert launch._dot_options(torch.bfloat16)["PRECISION"] == "ieee"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before

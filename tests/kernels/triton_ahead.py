@@ -23,6 +23,8 @@ from subnet_kernels.backends.triton import configs, elementwise, score_gradient,
 TABLE = Path(__file__).with_name("triton_kernels.csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = (80, 90)
+ODD = "odd sizes"  # no size or stride is known to be a multiple of 16
+AUTOCAST = "fp32 weight"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 TL_NAMES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
 
@@ -64,7 +66,7 @@ def builds() -> Iterator[Build]:
     epilogue = {"HAS_PENALTY": True, "WANTS_WEIGHT": False, "KIND": 0}
     for dtype, tl in TL_NAMES.items():
         yield Build(elementwise.effective_weight_kernel, "", dtype, {**flat, "KIND": 0}, warps)
-        many = {**flat, "KIND": 0, "W_DTYPE": tl, "O_DTYPE": tl}
+        many = {**flat, "KIND": 0, "W_DTYPE": tl, "O_DTYPE": tl, "IS_ALIGNED": True}
         yield Build(elementwise.effective_weights_kernel, "", dtype, many, warps)
         yield Build(units.effective_weight_unit_kernel, "", dtype, {**flat, "KIND": 0}, warps)
         sums = configs.SCORE_SUMS
@@ -76,16 +78,25 @@ def builds() -> Iterator[Build]:
             label = precision if dtype == "fp32" else ""
             product = {"PRECISION": precision, "UPCAST": False, "x_column": 1}
             for is_split, wants_weight in ((False, False), (False, True), (True, False)):
-                config = configs.score_gradient(_torch_dtype(dtype), wants_weight)
+                config = configs.score_gradient(_torch_dtype(dtype), not wants_weight)
                 constants = {
                     **epilogue, **product, **_tile(config, "BN", "BK", "BM"), "WANTS_WEIGHT": wants_weight,
                     "IS_SPLIT": is_split, "grad_out_column": 1,
                 }  # fmt: skip
                 what = "split" if is_split else "with weight gradient" if wants_weight else ""
                 yield _gemm(score_gradient.score_gradient_kernel, (label, what), dtype, constants, config)
-            for config in dict.fromkeys(configs.small_m(rows, _torch_dtype(dtype)) for rows in configs.SMALL_M):
+                if dtype == "bf16" and what == "with weight gradient":  # the tile of everything that is not plain
+                    constants = {**constants, "WANTS_WEIGHT": False}
+                    for special in (AUTOCAST, ODD):
+                        yield _gemm(score_gradient.score_gradient_kernel, (special,), dtype, constants, config)
+            torch_dtype = _torch_dtype(dtype)
+            for config in dict.fromkeys(configs.small_m(m, torch_dtype, torch_dtype) for m in configs.SMALL_M):
                 constants = {**product, **_tile(config, "BN", "BM", "BK"), "HAS_BIAS": True, "KIND": 0}
-                yield _gemm(small_m.small_m_kernel, (label, f"{config.columns} rows of x"), dtype, constants, config)
+                what = f"{config.columns} rows of x"
+                for special in ("", ODD, AUTOCAST) if dtype == "bf16" else ("",):
+                    if special != AUTOCAST or config.columns <= 64:
+                        labels = label, what, special
+                        yield _gemm(small_m.small_m_kernel, labels, dtype, constants, config)
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
     yield Build(elementwise.add_penalty_grad_kernel, "", "fp32", {**flat, "KIND": 0}, warps)
@@ -121,12 +132,17 @@ _ANY_NUMBER = {
 }  # fmt: skip  # arguments that are no multiples of 16 as a rule
 
 
+_SIZES = {"m", "n", "k", "x_row", "grad_out_row"}
+
+
 def _type_of(name: str, build: Build) -> str:
     if name in build.constants:
         return "constexpr"
     if name == "scale" or (name == "per_score" and "HAS_PENALTY" in build.constants):
         return "fp32"
     if name in _POINTERS:
+        if name in ("weight", "grad_weight") and AUTOCAST in build.label:
+            return "*fp32"
         return "*" + (build.dtype if _POINTERS[name] == "W" else _POINTERS[name])
     return "i32"  # sizes and strides
 
@@ -134,7 +150,8 @@ def _type_of(name: str, build: Build) -> str:
 def compile_ahead(build: Build, arch: int) -> Row:
     names = build.kernel.arg_names
     signature = {name: _type_of(name, build) for name in names}
-    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name not in _ANY_NUMBER]
+    any_number = _ANY_NUMBER | (_SIZES if ODD in build.label else set())
+    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name not in any_number]
     source = ASTSource(
         build.kernel, signature, constexprs={(names.index(n),): v for n, v in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in is_multiple},

@@ -24,6 +24,18 @@ def load_error() -> str | None:
 
 
 @functools.cache
+def _gpu_refusal(plan: str | None) -> str | None:
+    """What the present GPU lacks, if anything."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if (properties.major, properties.minor) < (8, 0):
+        return f"{properties.name} is older than the kernels' least architecture, sm_80"
+    shared = properties.shared_memory_per_block_optin
+    if plan == "fused" and shared < 160 * 1024:
+        return f"plan 'fused' needs 160 KB of shared memory a block, {properties.name} has {shared // 1024}"
+    return None
+
+
+@functools.cache
 def _kernels() -> Backend:
     from .launch import TritonKernels
 
@@ -42,6 +54,8 @@ class TritonBackend(Backend):
             return f"weight is on {call.device}"
         if call.device == "cuda" and not torch.cuda.is_available():
             return "torch can use no GPU here"
+        if call.device == "cuda" and (reason := _gpu_refusal(call.plan)) is not None:
+            return reason
         if (reason := load_error()) is not None:
             return reason
         if call.weight_dtype not in DTYPES or call.compute_dtype not in DTYPES:

@@ -1,7 +1,8 @@
 """Tiles of the Triton kernels, apart from the kernels: what was chosen, and why. Nothing is tuned at run time.
 
 None of these has been timed on a GPU yet: they are the largest tiles that compile without spills for sm_80 and sm_90
-(tests/triton/test_compiled.py checks every one).
+where sizes are multiples of 16 (tests/kernels/test_triton_ahead.py checks every one; its table says what odd sizes
+cost).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Gemm:
     reason: str
 
 
-ELEMENTWISE = Elementwise(1024, 4, "8 values a thread: two 16-byte accesses of each fp32 stream; 30 registers or so")
+ELEMENTWISE = Elementwise(1024, 4, "8 values a thread: 16-byte accesses where sizes are multiples of 16; few registers")
 SCORE_SUMS = Elementwise(512, 4, "one program adds the weights of one score, or a part of them")
 ADD_UP = Elementwise(256, 4, "one program adds a tensor's partial sums")
 
@@ -40,8 +41,8 @@ SCORE_GRADIENT = {
     2: Gemm(128, 128, 64, 8, 3, "128x256 spills; 128x128 with 8 warps leaves registers for the epilogue's W and s"),
     4: Gemm(64, 64, 32, 4, 3, "fp32 operands take twice the shared memory"),
 }  # by bytes of an operand
-SCORE_AND_WEIGHT_GRADIENT = {
-    2: Gemm(64, 128, 64, 8, 3, "a second result: 128x128 spills"),
+SCORE_GRADIENT_SMALL = {
+    2: Gemm(64, 128, 64, 8, 3, "a second result, fp32 weights under autocast, or rows of odd length: 128x128 spills"),
     4: SCORE_GRADIENT[4],
 }
 
@@ -53,11 +54,14 @@ SMALL_M = {
 }  # by columns: the least that hold all rows of x, else the largest
 
 
-def score_gradient(dtype: torch.dtype, needs_weight: bool) -> Gemm:
-    return (SCORE_AND_WEIGHT_GRADIENT if needs_weight else SCORE_GRADIENT)[dtype.itemsize]
+def score_gradient(dtype: torch.dtype, is_plain: bool) -> Gemm:
+    """is_plain: one result, weight in x's dtype, rows of a multiple of 16 weights."""
+    return (SCORE_GRADIENT if is_plain else SCORE_GRADIENT_SMALL)[dtype.itemsize]
 
 
-def small_m(num_rows: int, dtype: torch.dtype) -> Gemm:
+def small_m(num_rows: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Gemm:
+    if dtype.itemsize == 2 and weight_dtype.itemsize == 4:
+        num_rows = min(num_rows, 64)  # fp32 weights under autocast: twice the shared memory for them
     best = SMALL_M[next((columns for columns in SMALL_M if columns >= num_rows), 128)]
     if dtype.itemsize == 4:  # twice the shared memory an operand
         return Gemm(64, min(best.columns, 64), 32, 8, 3, "4 warps spill without TF32")

@@ -28,17 +28,21 @@ def effective_weight_kernel(
 @triton.jit
 def effective_weights_kernel(
     table, block_tensor, block_first, beta, partials, W_DTYPE: tl.constexpr, O_DTYPE: tl.constexpr,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same for many tensors in one launch. table int64 [L, 4]: addresses of weight, scores and
-    w_eff, number of weights; block_tensor int32 and block_first int64 [blocks]: which tensor, from which element on."""
+    """The same for many tensors in one launch. table int64 [L, 4]: addresses of weight, scores and w_eff, number of
+    weights; block_tensor int32 and block_first int64 [blocks]: which tensor, from which element on. IS_ALIGNED: all
+    addresses and numbers are multiples of 16, so that memory is accessed 16 bytes at a time."""
     block = tl.program_id(0)
     row = table + tl.load(block_tensor + block).to(tl.int64) * 4
-    weight = tl.load(row).to(tl.pointer_type(W_DTYPE))
-    scores = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-    w_eff = tl.load(row + 2).to(tl.pointer_type(O_DTYPE))
-    num = tl.load(row + 3)
-    at = tl.load(block_first + block) + tl.arange(0, BLOCK)
+    weight, scores, w_eff, num = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    first = tl.load(block_first + block)
+    weight, w_eff = weight.to(tl.pointer_type(W_DTYPE)), w_eff.to(tl.pointer_type(O_DTYPE))
+    scores = scores.to(tl.pointer_type(tl.float32))
+    if IS_ALIGNED:
+        weight, scores, w_eff = tl.multiple_of(weight, 16), tl.multiple_of(scores, 16), tl.multiple_of(w_eff, 16)
+        num, first = tl.multiple_of(num, 16), tl.multiple_of(first, 16)
+    at = first + tl.arange(0, BLOCK)
     inside = at < num
     m = mask_value(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)

@@ -38,7 +38,7 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _dot_options(dtype: torch.dtype) -> dict[str, Any]:
     """How products are computed: torch's own TF32 switch decides for fp32; the interpreter multiplies in fp32."""
-    allows_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    allows_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if allows_tf32 else "ieee", "UPCAST": IS_INTERPRETED}
 
 
@@ -60,6 +60,19 @@ def _table(
         torch.tensor(first, dtype=torch.int64, device=device),
         torch.tensor(bounds, dtype=torch.int64, device=device),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(members, device=device)
+
+
+_captured: list[Any] = []  # what captured CUDA graphs read: never freed, as nobody can say when the last replay was
+
+
+def _keep_if_captured(*tensors: Tensor) -> None:
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(tensors)
 
 
 class _Unit:
@@ -141,7 +154,9 @@ class TritonKernels(Backend):
             if len(members) == len(weights):
                 penalties = sums
             else:
-                penalties[torch.tensor(members, device=beta.device)] = sums
+                index = _index(tuple(members), beta.device)
+                _keep_if_captured(index)
+                penalties.index_copy_(0, index, sums)
         if out is not None:
             for given, made in zip(out, w_effs, strict=True):
                 given.copy_(made) if given is not made else torch.autograd.graph.increment_version(given)
@@ -158,11 +173,13 @@ class TritonKernels(Backend):
             for w, s, o in zip(weights, scores, w_effs, strict=True)
         )
         table, owner, first, bounds = _table(addresses, config.block, beta.device)
+        _keep_if_captured(table, owner, first, bounds)
+        is_aligned = all(number % 16 == 0 for row in addresses for number in row)
         partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
         with _on(beta):
             effective_weights_kernel[(len(owner),)](
                 table, owner, first, beta, partials, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype], KIND_CODES[kind.name],
-                config.block, num_warps=config.num_warps,
+                is_aligned, config.block, num_warps=config.num_warps,
             )  # fmt: skip
             add_up_kernel[(len(weights),)](
                 partials, bounds, sums, configs.ADD_UP.block, num_warps=configs.ADD_UP.num_warps
@@ -252,12 +269,15 @@ class TritonKernels(Backend):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if plan != "fused" or not x.numel() or not weight.numel() or scores.shape != weight.shape:
             return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+        given_weight, given_scores = weight, scores
         weight, scores = weight.contiguous(), scores.contiguous()
         rows = x.reshape(-1, x.shape[-1])
         (m, k), n = rows.shape, weight.shape[0]
-        config = configs.small_m(m, x.dtype)
-        out = x.new_empty(m, n)
+        config = configs.small_m(m, x.dtype, weight.dtype)
         tiles_n, tiles_m = triton.cdiv(n, config.rows), triton.cdiv(m, config.columns)
+        if tiles_m > 65535:  # the most that a grid's second dimension may have
+            return super().masked_linear(x, given_weight, given_scores, beta, bias, kind, plan, buffers)
+        out = x.new_empty(m, n)
         partials = beta.new_empty(tiles_n)
         with _on(x):
             small_m_kernel[(tiles_n, tiles_m)](
@@ -273,7 +293,8 @@ class TritonKernels(Backend):
         beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         if (
-            grad_out is None or x is None or not needs_scores or not kind.is_trainable or not x.numel()
+            grad_out is None or x is None or not needs_scores or not kind.is_trainable
+            or not x.numel() or not weight.numel()
             or not weight.is_contiguous() or not scores.is_contiguous() or scores.shape != weight.shape
             or grad_out.dtype != x.dtype or not configs.fuses_score_gradient(x.shape[0], x.dtype)
         ):
@@ -281,7 +302,8 @@ class TritonKernels(Backend):
                 grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
             )
         (m, n), k = grad_out.shape, x.shape[1]
-        config = configs.score_gradient(x.dtype, needs_weight)
+        is_plain = weight.dtype == x.dtype and k % 16 == 0
+        config = configs.score_gradient(x.dtype, is_plain and not needs_weight)
         tiles = triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
         steps = triton.cdiv(m, config.depth)
         num_parts = configs.split(tiles, steps, configs.num_processors(x.device))
