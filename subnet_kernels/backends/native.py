@@ -15,7 +15,7 @@ from .layout import aligned, is_dense, with_strides_of
 
 _KIND_CODES = {"sigmoid": 0, "hard": 1}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FEWEST_FUSED = 16384  # weights; below, a call's overhead is all that counts
+_FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
 _bump = torch.autograd.graph.increment_version
 
 
@@ -47,11 +47,11 @@ def fused_linear_rows() -> int:
 
 
 def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
-    """Whether the linear kernels for few rows serve these, and pay: everything fp32 and contiguous, scores of weight's
-    shape. A hard mask stays with F.linear, so that its outputs are those of the layer without mask to the bit."""
+    """Whether the linear kernels for few rows serve these: everything fp32 and contiguous, scores of weight's shape.
+    A hard mask stays with F.linear, so that its outputs are those of the layer without mask to the bit."""
     num = weights[0].numel()
     return (
-        num >= _FEWEST_FUSED and kind.name == "sigmoid" and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
+        num > 0 and kind.name == "sigmoid" and 0 < x.numel() <= fused_linear_rows() * weights[0].shape[-1]
         and x.dtype == torch.float32 and x.is_contiguous() and x.dim() <= 8 and all(
             w.dtype == torch.float32 and w.is_contiguous() and w.numel() == num for w in weights
         )
@@ -169,7 +169,7 @@ class NativeBackend(Backend):
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.name != "cpu" or not _is_fused(kind, x, weight, scores):
+        if self.name != "cpu" or weight.numel() < _FEWEST_FUSED or not _is_fused(kind, x, weight, scores):
             w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
             return F.linear(x, w_eff, bias), penalty, w_eff
         w_eff, penalty = (torch.empty_like(weight), torch.empty_like(beta)) if buffers is None else buffers
@@ -183,7 +183,7 @@ class NativeBackend(Backend):
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
     ) -> Tensor:
-        if self.name != "cpu" or not _is_fused(kind, x, weight, scores):
+        if self.name != "cpu" or weight.numel() < _FEWEST_FUSED or not _is_fused(kind, x, weight, scores):
             return F.linear(x, w_eff, bias)
         out = x.new_empty(*x.shape[:-1], w_eff.shape[0])
         torch.ops.subnet_native.linear.default(x, w_eff, bias if bias is None else bias.contiguous(), out)
