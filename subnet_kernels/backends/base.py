@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..masks import MaskKind
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
+KIND_CODES = {"sigmoid": 0, "hard": 1}  # how their kernels name the mask kinds that they have
+
 
 class Call(NamedTuple):
     """The facts of one call that decide which backend runs it."""

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
-from .base import Backend, Call
+from .base import KERNEL_DTYPES, KIND_CODES, Backend, Call
 from .layout import aligned, is_dense, with_strides_of
 
-_KIND_CODES = {"sigmoid": 0, "hard": 1}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
 _bump = torch.autograd.graph.increment_version
 
@@ -58,6 +56,11 @@ def _is_fused(kind: MaskKind, x: Tensor, *weights: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _is_product_fused(kind: MaskKind, x: Tensor, weight: Tensor, scores: Tensor) -> bool:
+    """Whether a forward product runs in them."""
+    return weight.numel() >= _FEWEST_FUSED and _is_fused(kind, x, weight, scores)
+
+
 class NativeBackend(Backend):
     """Vendor matrix products, and our one-pass kernels for everything elementwise. ``name`` is the device type."""
 
@@ -69,9 +72,9 @@ class NativeBackend(Backend):
             return reason
         if call.device != self.name:
             return f"weight is on {call.device}"
-        if call.weight_dtype not in DTYPES or call.compute_dtype not in DTYPES:
+        if call.weight_dtype not in KERNEL_DTYPES or call.compute_dtype not in KERNEL_DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
-        if call.kind not in _KIND_CODES:
+        if call.kind not in KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 or call.num_dims < 1:
             return f"a weight with {call.num_dims} dimensions is not built here (1 to 4 are)"
@@ -92,7 +95,7 @@ class NativeBackend(Backend):
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        op, code = torch.ops.subnet_native.effective_weight.default, _KIND_CODES[kind.name]
+        op, code = torch.ops.subnet_native.effective_weight.default, KIND_CODES[kind.name]
         if out is not None and weight.is_contiguous() and scores.is_contiguous() and out[0].is_contiguous():
             op(weight, scores, beta, code, *out)  # every forward pass of a layer comes here
             _bump(out)
@@ -125,7 +128,7 @@ class NativeBackend(Backend):
         if out is not None:
             w_effs = [o if o.stride() == w.stride() else w for o, w in zip(out, w_effs, strict=True)]
         op = torch.ops.subnet_native.effective_weights.default
-        op(weights, scores, beta, _KIND_CODES[kind.name], w_effs, penalties)
+        op(weights, scores, beta, KIND_CODES[kind.name], w_effs, penalties)
         if out is not None:
             for given, made in zip(out, w_effs, strict=True):
                 given.copy_(made) if given is not made else _bump(given)
@@ -140,7 +143,7 @@ class NativeBackend(Backend):
         wants_weight = needs_weight and grad_w_eff is not None
         if not wants_scores and not wants_weight:
             return None, None
-        op, code = torch.ops.subnet_native.grad_scores.default, _KIND_CODES[kind.name]
+        op, code = torch.ops.subnet_native.grad_scores.default, KIND_CODES[kind.name]
         if (
             may_overwrite and grad_w_eff is not None and not wants_weight and grad_w_eff.dtype == torch.float32
             and grad_w_eff.is_contiguous() and weight.is_contiguous() and scores.is_contiguous()
@@ -169,7 +172,7 @@ class NativeBackend(Backend):
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.name != "cpu" or weight.numel() < _FEWEST_FUSED or not _is_fused(kind, x, weight, scores):
+        if not _is_product_fused(kind, x, weight, scores):
             w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
             return F.linear(x, w_eff, bias), penalty, w_eff
         w_eff, penalty = (torch.empty_like(weight), torch.empty_like(beta)) if buffers is None else buffers
@@ -183,7 +186,7 @@ class NativeBackend(Backend):
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
     ) -> Tensor:
-        if self.name != "cpu" or weight.numel() < _FEWEST_FUSED or not _is_fused(kind, x, weight, scores):
+        if not _is_product_fused(kind, x, weight, scores):
             return F.linear(x, w_eff, bias)
         out = x.new_empty(*x.shape[:-1], w_eff.shape[0])
         torch.ops.subnet_native.linear.default(x, w_eff, bias if bias is None else bias.contiguous(), out)
@@ -194,7 +197,7 @@ class NativeBackend(Backend):
         beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         if (
-            self.name == "cpu" and grad_out is not None and x is not None and needs_scores and not needs_weight
+            grad_out is not None and x is not None and needs_scores and not needs_weight
             and _is_fused(kind, x, weight, scores) and grad_out.is_contiguous()
         ):
             grad_scores = torch.empty_like(scores)
@@ -210,7 +213,7 @@ class NativeBackend(Backend):
         kind: MaskKind,
     ) -> None:
         torch.ops.subnet_native.add_penalty_grad.default(
-            grads, scores, weights_per_score, beta, lam, _KIND_CODES[kind.name]
+            grads, scores, weights_per_score, beta, lam, KIND_CODES[kind.name]
         )
         for grad in grads:
             _bump(grad)

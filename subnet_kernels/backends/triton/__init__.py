@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..base import Backend, Call
+from ..base import KERNEL_DTYPES, KIND_CODES, Backend, Call
 
 
 @functools.cache
@@ -48,8 +48,6 @@ class TritonBackend(Backend):
     name = "triton"
 
     def refuse(self, call: Call) -> str | None:
-        from ..native import DTYPES
-
         if call.device != "cuda" and not self._is_interpreted():
             return f"weight is on {call.device}"
         if call.device == "cuda" and not torch.cuda.is_available():
@@ -58,9 +56,9 @@ class TritonBackend(Backend):
             return reason
         if (reason := load_error()) is not None:
             return reason
-        if call.weight_dtype not in DTYPES or call.compute_dtype not in DTYPES:
+        if call.weight_dtype not in KERNEL_DTYPES or call.compute_dtype not in KERNEL_DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
-        if call.kind not in ("sigmoid", "hard"):
+        if call.kind not in KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 and not call.is_same_shape:
             return f"coarse scores over a weight with {call.num_dims} dimensions are not built here (up to 4 are)"

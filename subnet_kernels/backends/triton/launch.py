@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...masks import MaskKind
-from ..base import Backend
+from ..base import KIND_CODES, Backend
 from ..layout import aligned, is_dense, with_strides_of
 from . import configs
 from .elementwise import (
@@ -27,7 +27,6 @@ from .score_gradient import add_parts_kernel, score_gradient_kernel
 from .small_m import small_m_kernel
 from .units import effective_weight_unit_kernel, finish_scores_kernel, score_sums_kernel
 
-KIND_CODES = {"sigmoid": 0, "hard": 1}
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 IS_INTERPRETED = isinstance(effective_weight_kernel, InterpretedFunction)
 
