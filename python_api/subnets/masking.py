@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from subnet_kernels.backends.base import Backend
+from subnet_kernels.backends.base import Backend, keeps_w_eff
 from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
@@ -31,6 +31,7 @@ ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 def mask_model(
     model: nn.Module, targets: Targets | None = None, exclude: Targets = (), *, init: ScoreInit | None = None,
     score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
+    keep_effective_weights: bool = True,
 ) -> MaskSet:
     """Put a mask over ``model``'s layers, in place, freeze everything but the scores, and return the MaskSet.
 
@@ -45,6 +46,9 @@ def mask_model(
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.
         kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:<heads>", or block sizes.
+        keep_effective_weights: each layer keeps one effective weight, which all passes between two optimizer steps
+            share. False, where memory matters more, keeps nothing of a weight's size: the Triton backend makes the mask
+            inside its products, others make an effective weight for each product (plan "recompute").
 
     Returns:
         The MaskSet of the model; ``masks_of(model)`` gives it again at any time.
@@ -94,6 +98,7 @@ def mask_model(
         parameter.requires_grad_(False)
     for layer in converted:
         layer.scores.requires_grad_(True)
+        layer.plan = None if keep_effective_weights else "recompute"
     return masks_of(model)
 
 
@@ -247,6 +252,26 @@ class MaskSet:
         optimizer.register_step_post_hook(lambda *_: self.step())
         return optimizer
 
+    @contextlib.contextmanager
+    def batch_score_gradients(self) -> Iterator[None]:
+        """``with masks.batch_score_gradients(): loss.backward()``: the score gradients of all convolutions are made
+        when the block ends, in one call (on a GPU one kernel), and added to ``scores.grad``. Until then the gradient of
+        each layer's effective weight is kept; hooks on scores do not see what is added.
+
+        Raises:
+            RuntimeError: entered twice.
+        """
+        pending = self._state.pending
+        if pending.is_open:
+            raise RuntimeError("batch_score_gradients: entered twice; one block may be open at a time")
+        pending.is_open = True
+        try:
+            yield
+            pending.finish()
+        finally:
+            pending.is_open = False
+            pending.clear()
+
     def collect_penalty(self) -> PenaltyCollection:
         """``with masks.collect_penalty() as penalty: loss = task(model(x))``; ``(loss + lam*penalty()).backward()``.
 
@@ -352,6 +377,8 @@ class MaskSet:
         """Make every layer's effective weight now, all layers in one call per dtype (one launch on a GPU)."""
         groups: dict[tuple[Any, ...], list[MaskedLayer]] = {}
         for layer in self.layers.values():
+            if not keeps_w_eff(layer.plan):
+                continue
             dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
             groups.setdefault((layer.current_kind, dtype, layer.weight.dtype, layer.weight.device), []).append(layer)
         for (kind, dtype, _, _), layers in groups.items():

@@ -17,6 +17,12 @@ from ..masks import MaskKind
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
 KIND_CODES = {"sigmoid": 0, "hard": 1}  # how their kernels name the mask kinds that they have
+PLANS = (None, "cached", "fused", "recompute")
+
+
+def keeps_w_eff(plan: str | None) -> bool:
+    """Whether a forward pass under this plan hands its effective weight to the backward pass."""
+    return plan not in ("fused", "recompute")
 
 
 class Call(NamedTuple):
@@ -88,6 +94,15 @@ class Backend:
         dW = grad_w_eff*m). ``may_overwrite``: the memory of grad_w_eff may be used for the result."""
         raise NotImplementedError
 
+    def grad_scores_of_many(
+        self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
+        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+    ) -> list[Tensor]:
+        """The scores' gradients of grad_scores for many trainable tensors; the memory of grad_w_effs may be used."""
+        tensors = zip(grad_w_effs, grad_penalties, weights, scores, strict=True)
+        made = [self.grad_scores(g, p, w, s, beta, kind, True, False, may_overwrite=True)[0] for g, p, w, s in tensors]
+        return [grad_scores for grad_scores in made if grad_scores is not None]
+
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
         kind: MaskKind,
@@ -104,7 +119,7 @@ class Backend:
         """(out, penalty, the effective weight to keep for the backward pass or None: it is made again there); the
         effective weight and the penalty are written into ``buffers`` if given."""
         w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
-        return self.linear(x, w_eff, bias, kind, weight, scores), penalty, None if plan == "fused" else w_eff
+        return self.linear(x, w_eff, bias, kind, weight, scores), penalty, w_eff if keeps_w_eff(plan) else None
 
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
@@ -121,9 +136,7 @@ class Backend:
         if grad_out is not None:
             rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
             if needs.x:
-                if w_eff is None:
-                    w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
-                grad_x = rows.mm(w_eff)
+                grad_x = self.linear_grad_x(rows, weight, scores, beta, kind) if w_eff is None else rows.mm(w_eff)
                 if x.dim() != 2:
                     grad_x = grad_x.view(x.shape)
             if needs.weight or (needs.scores and kind.is_trainable):
@@ -131,15 +144,20 @@ class Backend:
             if needs.bias:
                 grad_bias = rows.sum(0)
         grad_scores, grad_weight = self.linear_grad_scores(
-            rows, columns, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight
+            rows, columns, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, w_eff is None
         )
         return grad_x, grad_weight, grad_scores, grad_bias
 
+    def linear_grad_x(self, grad_out: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind) -> Tensor:
+        """grad_out @ (weight * m), [M, N] to [M, K], where the forward pass kept no effective weight."""
+        return grad_out.mm(self.effective_weight(weight, scores, beta, kind, grad_out.dtype)[0])
+
     def linear_grad_scores(
         self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
-        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool, is_fused: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """grad_scores of ``grad_w_eff = grad_out.T @ x`` ([M, N] and [M, K]; x is None where nothing needs it)."""
+        """grad_scores of ``grad_w_eff = grad_out.T @ x`` ([M, N] and [M, K]; x is None where nothing needs it).
+        is_fused: the call's plan keeps nothing of weight's size, so a kernel that writes no product is preferred."""
         grad_w_eff = None
         if grad_out is not None and x is not None:
             if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
@@ -159,7 +177,7 @@ class Backend:
         """As masked_linear."""
         w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
         out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
-        return out, penalty, None if plan == "fused" else w_eff
+        return out, penalty, w_eff if keeps_w_eff(plan) else None
 
     def masked_conv2d_backward(
         self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
@@ -171,11 +189,20 @@ class Backend:
             if w_eff is None:
                 w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
             wants_weight = needs.weight or (needs.scores and kind.is_trainable)
-            grad_x, grad_w_eff, grad_bias = torch.ops.aten.convolution_backward(
-                grad_out, x, w_eff, [weight.shape[0]], list(args.stride), list(args.padding), list(args.dilation),
-                False, [0, 0], args.groups, [needs.x, wants_weight, needs.bias],
+            grad_x, grad_w_eff, grad_bias = conv2d_backward(
+                grad_out, x, w_eff, args, (needs.x, wants_weight, needs.bias)
             )
         grad_scores, grad_weight = self.grad_scores(
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
         )
         return grad_x, grad_weight, grad_scores, grad_bias
+
+
+def conv2d_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, args: ConvArgs, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The vendor's gradients (x, weight, bias) of F.conv2d."""
+    return torch.ops.aten.convolution_backward(
+        grad_out, x, weight, [weight.shape[0]], list(args.stride), list(args.padding), list(args.dilation), False,
+        [0, 0], args.groups, list(wanted),
+    )  # fmt: skip

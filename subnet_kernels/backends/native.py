@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
-from .base import KERNEL_DTYPES, KIND_CODES, Backend, Call
+from .base import KERNEL_DTYPES, KIND_CODES, Backend, Call, keeps_w_eff
 from .layout import aligned, is_dense, with_strides_of
 
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
@@ -79,7 +79,10 @@ class NativeBackend(Backend):
         if call.num_dims > 4 or call.num_dims < 1:
             return f"a weight with {call.num_dims} dimensions is not built here (1 to 4 are)"
         if call.plan == "fused":
-            return "plan 'fused' is not built here yet (a matrix product with the mask inside); use plan='cached'"
+            return (
+                "plan 'fused' is not built here yet (a matrix product with the mask inside); use plan='recompute', "
+                "which keeps as little, or plan='cached'"
+            )
         if self.name == "cuda":
             if not torch.cuda.is_available():
                 return "torch can use no GPU here"
@@ -174,14 +177,14 @@ class NativeBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not _is_product_fused(kind, x, weight, scores):
             w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
-            return F.linear(x, w_eff, bias), penalty, w_eff
+            return F.linear(x, w_eff, bias), penalty, w_eff if keeps_w_eff(plan) else None
         w_eff, penalty = (torch.empty_like(weight), torch.empty_like(beta)) if buffers is None else buffers
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         bias = bias if bias is None else bias.contiguous()
         torch.ops.subnet_native.masked_linear.default(x, weight, scores, beta, bias, w_eff, penalty, out)
         if buffers is not None:
             _bump(buffers)
-        return out, penalty, w_eff
+        return out, penalty, w_eff if keeps_w_eff(plan) else None
 
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
@@ -194,7 +197,7 @@ class NativeBackend(Backend):
 
     def linear_grad_scores(
         self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
-        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool, is_fused: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         if (
             grad_out is not None and x is not None and needs_scores and not needs_weight

@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..backends.base import PLANS
 from ..masks import MaskKind, as_kind
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_BETA = torch.finfo(torch.float32).max  # beta is kept in fp32
-PLANS = (None, "cached", "fused")
 
 
 def shape_of(tensor: Tensor) -> list[int]:
@@ -94,7 +94,7 @@ def check_kind(op: str, kind: str | MaskKind) -> MaskKind:
 
 def check_plan(op: str, plan: str | None) -> None:
     if plan not in PLANS:
-        raise ValueError(f"{op}: plan must be 'cached', 'fused' or None (dispatch chooses), got {plan!r}")
+        raise ValueError(f"{op}: plan must be 'cached', 'fused', 'recompute' or None (dispatch chooses), got {plan!r}")
 
 
 def check_bias(op: str, bias: Tensor | None, num_out: int, x: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, ConvArgs, Needs
+from ..backends.base import Backend, ConvArgs, Needs, conv2d_backward, keeps_w_eff
 from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from . import checks
@@ -20,6 +20,7 @@ from .effective_weight import (
 )
 from .masked_linear import Settings, kept_effective_weight
 from .once import differentiable_once, plain_apply
+from .pending import Entry
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -30,8 +31,8 @@ def _forward(
     backend: Backend, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    kind, plan, _, slot, _ = settings
-    if slot is None or plan == "fused":
+    kind, plan, slot = settings.kind, settings.plan, settings.slot
+    if slot is None or not keeps_w_eff(plan):
         return backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan)
     kept = slot.lookup(weight, scores, beta, kind, x.dtype)
     if kept is not None:
@@ -58,7 +59,7 @@ class _MaskedConv2d(torch.autograd.Function):
             "masked_conv2d", weight, scores, settings.kind.name, x.dtype, settings.plan, settings.backend
         )
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, args, settings)
-        ctx.backend, ctx.kind, ctx.args = backend, settings.kind, args
+        ctx.backend, ctx.kind, ctx.args, ctx.pending = backend, settings.kind, args, settings.pending
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
         ctx.set_materialize_grads(False)
         return (out, penalty) if settings.wants_penalty else out
@@ -67,12 +68,25 @@ class _MaskedConv2d(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
-        wants = ctx.needs_input_grad
+        wants, pending = ctx.needs_input_grad, ctx.pending
+        if pending is not None and pending.is_open and _can_wait(ctx, grad_out, scores, w_eff):
+            grad_x, grad_w_eff, grad_bias = conv2d_backward(
+                grad_out, x, w_eff, ctx.args, (wants[0], True, wants[4])
+            )
+            pending.add(ctx.backend, ctx.kind, beta, Entry(grad_w_eff, grad_penalty, weight, scores))
+            return grad_x, None, None, None, grad_bias, None, None
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_conv2d_backward(
             grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.args, ctx.kind,
             Needs(wants[0], wants[1], wants[2], wants[4]),
         )
         return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
+
+
+def _can_wait(ctx: Any, grad_out: Tensor | None, scores: Tensor, w_eff: Tensor | None) -> bool:
+    """Whether the score gradient, and no weight's, is wanted of a product that an effective weight was kept for."""
+    _, wants_weight, wants_scores, *_ = ctx.needs_input_grad
+    has_product = grad_out is not None and w_eff is not None
+    return has_product and wants_scores and not wants_weight and ctx.kind.is_trainable and scores.is_leaf
 
 
 _apply = plain_apply(_MaskedConv2d)
@@ -83,8 +97,8 @@ def run_masked_conv2d(
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
     if torch.compiler.is_compiling():
-        kind, plan, backend, slot, _ = settings
-        kept = refresh_in_graph(None if plan == "fused" else slot, weight, scores, beta, kind, x.dtype)
+        kind, plan, backend, slot = settings[:4]
+        kept = refresh_in_graph(slot if keeps_w_eff(plan) else None, weight, scores, beta, kind, x.dtype)
         out, penalty, _ = _op(
             x, weight, scores, beta, bias, args.stride, args.padding, args.dilation, args.groups, kind.name,
             kind.params(), None, plan, backend, *kept,
@@ -114,7 +128,8 @@ def _implementation(
         return out, penalty.clone(), no_gradient(weight)
     chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, plan, backend)
     args = _args(stride, padding, dilation, groups)
-    out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, as_kind(kind, params), plan)
+    mask_kind, plan = as_kind(kind, params), plan or "cached"
+    out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, mask_kind, plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 
@@ -124,7 +139,7 @@ def _fake(
 ):
     made = torch.empty_like(weight, dtype=x.dtype)
     out = F.conv2d(x, made, bias, stride, padding, dilation, groups)
-    keeps_none = plan == "fused" or w_eff is not None
+    keeps_none = not keeps_w_eff(plan) or w_eff is not None
     return torch.empty_like(out), scores.new_empty(()), no_gradient(weight) if keeps_none else made
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, Needs
+from ..backends.base import Backend, Needs, keeps_w_eff
 from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from ..slots import Slot
@@ -20,6 +20,7 @@ from .effective_weight import (
     some,
 )
 from .once import differentiable_once, plain_apply
+from .pending import PendingScoreGradients
 from .refresh import refresh_in_graph
 from .registry import register_op
 
@@ -32,14 +33,15 @@ class Settings(NamedTuple):
     backend: str | None = None
     slot: Slot | None = None
     wants_penalty: bool = True
+    pending: PendingScoreGradients | None = None  # where convolutions put their score gradients off to, while open
 
 
 def _forward(
     backend: Backend, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out, penalty, effective weight to keep)"""
-    kind, plan, _, slot, _ = settings
-    if slot is None or plan == "fused":
+    kind, plan, slot = settings.kind, settings.plan, settings.slot
+    if slot is None or not keeps_w_eff(plan):
         return backend.masked_linear(x, weight, scores, beta, bias, kind, plan)
     kept = slot.lookup(weight, scores, beta, kind, x.dtype)
     if kept is not None:
@@ -90,8 +92,8 @@ def run_masked_linear(
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
     if torch.compiler.is_compiling():
-        kind, plan, backend, slot, _ = settings
-        kept = refresh_in_graph(None if plan == "fused" else slot, weight, scores, beta, kind, x.dtype)
+        kind, plan, backend, slot = settings[:4]
+        kept = refresh_in_graph(slot if keeps_w_eff(plan) else None, weight, scores, beta, kind, x.dtype)
         out, penalty, _ = _op(
             x, weight, scores, beta, bias, kind.name, kind.params(), None, plan, backend, *kept
         )
@@ -114,17 +116,18 @@ def _implementation(
     chosen, mask_kind = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend), as_kind(kind, params)
     if w_eff is not None and penalty is not None:
         return chosen.linear(x, w_eff, bias, mask_kind, weight, scores), penalty.clone(), no_gradient(weight)
-    out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, mask_kind, plan)
+    # "cached" where the plan is left open: the fake says that an effective weight comes back
+    out, penalty, w_eff = chosen.masked_linear(x, weight, scores, beta, bias, mask_kind, plan or "cached")
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
 
 def kept_effective_weight(plan: str | None, given: Tensor | None, made: Tensor) -> Tensor | None:
     """What the backward pass is given: the slot's effective weight, the one just made, or none."""
-    return None if plan == "fused" else made if given is None else given
+    return None if not keeps_w_eff(plan) else made if given is None else given
 
 
 def _fake(x, weight, scores, beta, bias, kind, params, key, plan, backend, w_eff=None, penalty=None):
-    keeps_none = plan == "fused" or w_eff is not None
+    keeps_none = not keeps_w_eff(plan) or w_eff is not None
     made = no_gradient(weight) if keeps_none else torch.empty_like(weight, dtype=x.dtype)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), scores.new_empty(()), made
 
@@ -231,8 +234,10 @@ def masked_linear(
         beta: inverse temperature; a float (finite, >= 0) or a 0-d tensor on the same device (its value is not read).
         bias: [N] or None.
         kind: "sigmoid", "hard" or a MaskKind.
-        plan: "cached" makes one effective weight and calls the vendor's matrix product; "fused" computes the mask where
-            it is used and keeps nothing of weight's size for the backward pass; None lets dispatch choose.
+        plan: "cached" makes one effective weight, calls the vendor's matrix product and keeps it for the backward pass;
+            "fused" computes the mask inside the products and keeps nothing of weight's size; "recompute" keeps nothing
+            either, but a backend without such products makes an effective weight for each of them; None lets dispatch
+            choose.
         backend: the name of one, or None: use_backend's, else the best that does not refuse.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 
@@ -11,6 +12,8 @@ from subnets import MaskedConv2d, MaskedLinear, mask_model, masks_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from subnet_kernels.backends import native
+from subnet_kernels.backends.native import NativeBackend
 from subnet_kernels.optim import MaskAdamW
 
 EPS32 = 2.0**-23
@@ -476,6 +479,72 @@ def test_the_penalty_in_the_optimizer_is_taken_at_the_beta_of_the_forward_pass()
     masks.anneal(start=2.0, to=8.0, steps=1)
     masks.adamw(lr=0.0, weight_decay=0.0, lam=1.0).step()
     assert torch.equal(masks.scores()["scores"].grad, torch.full((2, 2), 2.0 * 0.25)) and masks.beta == 8.0
+
+
+# --- memory and launches ---------------------------------------------------------------------------------------------
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def score_gradients(masks, x, **contexts):
+    """Of a loss with penalty over two micro-batches, backward inside the contexts of these MaskSet methods."""
+    for scores in masks.scores().values():
+        scores.grad = None
+    for part in x.chunk(2):
+        with masks.collect_penalty() as penalty:
+            loss = masks.model(part).pow(2).mean()
+        with contextlib.ExitStack() as stack:
+            for name in contexts:
+                stack.enter_context(getattr(masks, name)())
+            (loss + 0.1 * penalty()).backward()
+    return [scores.grad for scores in masks.scores().values()]
+
+
+@pytest.mark.parametrize("unit", ["weight", "row"])
+def test_score_gradients_of_convolutions_made_at_once_are_those_made_one_by_one(unit, monkeypatch):
+    masks, x = mask_model(conv_net(), unit=unit), torch.randn(6, 3, 6, 6)
+    alone = score_gradients(masks, x)
+    calls = []
+    many = NativeBackend.grad_scores_of_many
+
+    def counted(self, grads, *rest):
+        calls.append(len(grads))
+        return many(self, grads, *rest)
+
+    monkeypatch.setattr(NativeBackend, "grad_scores_of_many", counted)
+    together = score_gradients(masks, x, batch_score_gradients=True)
+    assert calls == ([2, 2] if native.is_available() else [])
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    with masks.batch_score_gradients(), pytest.raises(RuntimeError, match="entered twice"):
+        masks.batch_score_gradients().__enter__()
+    with pytest.raises(ZeroDivisionError), masks.batch_score_gradients():
+        masks.model(x).sum().backward()
+        raise ZeroDivisionError
+    assert all(torch.equal(a, b) for a, b in zip(alone, score_gradients(masks, x), strict=True))
+
+
+def test_without_kept_effective_weights_nothing_of_a_weights_size_is_saved_and_the_gradients_are_the_same():
+    x = torch.randn(6, 3, 6, 6)
+    kept = mask_model(conv_net())
+    lean = mask_model(conv_net(), keep_effective_weights=False)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        lean.model(x)
+    own = {p.data_ptr() for p in lean.model.parameters()}
+    sizes = {p.shape for p in lean.model.parameters() if p.dim() > 1}
+    assert not [t for t in saved if t.shape in sizes and t.data_ptr() not in own]
+    for a, b in zip(score_gradients(kept, x), score_gradients(lean, x), strict=True):
+        assert (a - b).abs().max() <= 8 * EPS32 * a.abs().max()
+    lean.refresh()
+    assert all(layer._slot.w_eff is None for layer in lean.layers.values())
+    compiled = torch.compile(lean.model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), kept.model(x), atol=1e-6)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------

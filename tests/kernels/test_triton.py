@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnet_kernels as sk
 from subnet_kernels.backends.triton import TritonBackend, load_error
-from subnet_kernels.testing import conv_case, linear_case, ours, worst_errors
+from subnet_kernels.testing import conv_case, linear_case, ours, run, worst_errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if load_error() is not None:
@@ -21,7 +22,7 @@ if load_error() is not None:
 if DEVICE == "cpu" and not TritonBackend._is_interpreted():
     pytest.skip("no GPU: `make test` runs this file interpreted, in a process of its own", allow_module_level=True)
 
-from subnet_kernels.backends.triton import configs, launch  # noqa: E402
+from subnet_kernels.backends.triton import configs, launch, products, rules  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -43,9 +44,16 @@ def check(case, **kwargs):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Fused kernels whatever the dtype, in small tiles."""
-    monkeypatch.setattr(configs, "fuses_score_gradient", lambda m, dtype: True)
-    monkeypatch.setattr(configs, "score_gradient", lambda dtype, is_plain: SMALL_TILES)
-    monkeypatch.setattr(configs, "small_m", lambda m, dtype, weight_dtype: SMALL_TILES)
+
+    def parts(m, n, k, on):
+        tiles = -(-n // SMALL_TILES.rows) * -(-k // SMALL_TILES.columns)
+        return SMALL_TILES, rules.split(tiles, -(-m // SMALL_TILES.depth), on.num_processors)
+
+    monkeypatch.setattr(rules, "score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
+    monkeypatch.setattr(rules, "fastest_score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
+    monkeypatch.setattr(rules, "masked_product", lambda *args: SMALL_TILES)
+    monkeypatch.setattr(rules, "masked_conv", lambda dtype: SMALL_TILES)
+    monkeypatch.setattr(rules, "CONV_SCORE_GRADIENT", {2: SMALL_TILES, 4: SMALL_TILES})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,27 +77,75 @@ def test_linear_in_many_tiles_and_steps_is_within_the_error_bound(plan, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_processors", [1, 4, 132])
 def test_a_sum_over_tokens_in_any_number_of_parts_is_within_the_error_bound(num_processors, dtype, monkeypatch):
-    monkeypatch.setattr(configs, "num_processors", lambda device: num_processors)
+    monkeypatch.setattr(rules, "chip", lambda device: replace(rules.H200, num_processors=num_processors))
     check(linear_case(333, 17, 35, dtype, device=DEVICE))
 
 
 def test_parts_depend_on_sizes_and_device_alone_and_keep_four_steps():
-    assert configs.split(num_tiles=144, num_steps=160, num_processors=132) == 1
-    assert configs.split(num_tiles=4, num_steps=160, num_processors=132) == 33
-    assert configs.split(num_tiles=4, num_steps=16, num_processors=132) == 4
-    assert configs.split(num_tiles=1, num_steps=7, num_processors=132) == 1
+    assert rules.split(num_tiles=144, num_steps=160, num_processors=132) == 1
+    assert rules.split(num_tiles=4, num_steps=160, num_processors=132) == 33
+    assert rules.split(num_tiles=4, num_steps=16, num_processors=132) == 4
+    assert rules.split(num_tiles=1, num_steps=7, num_processors=132) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("unit", ["row", "column", "block", "one score", "transposed row", "same sums in parts"])
 def test_coarse_scores_are_within_the_error_bound(unit, dtype, monkeypatch):
     if unit == "same sums in parts":
-        monkeypatch.setattr(configs, "score_parts", lambda *args: (3, 100))
+        monkeypatch.setattr(rules, "score_parts", lambda *args: (3, 100))
     shape = {"row": (12, 1), "column": (1, 20), "block": (3, 5), "one score": (1, 1)}.get(unit, (12, 1))
     if unit == "same sums in parts":
         shape = (1, 1)
     is_transposed = unit == "transposed row"
     check(linear_case(7, 12, 20, dtype, scores_shape=shape, is_transposed=is_transposed, device=DEVICE))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(12, 1), (1, 20), (3, 5), (1, 1)], ids=size_id)
+def test_fused_products_with_coarse_scores_are_within_the_error_bound(shape, dtype):
+    for is_transposed in (False, True):
+        case = linear_case(7, 12, 20, dtype, scores_shape=shape, is_transposed=is_transposed, device=DEVICE)
+        check(case, plan="fused")
+
+
+# weight, then the input's channels, height and width, then the geometry
+CONVS = {
+    "3x3 padded": ((6, 4, 3, 3), (4, 6, 5), {"padding": 1}),
+    "strided": ((5, 3, 3, 1), (3, 7, 6), {"stride": (2, 1), "padding": (1, 0)}),
+    "stride beyond the kernel": ((5, 3, 2, 2), (3, 9, 8), {"stride": 3}),
+    "dilated": ((4, 2, 2, 3), (2, 8, 9), {"dilation": (2, 3), "padding": (0, 2)}),
+    "groups": ((6, 2, 3, 3), (4, 6, 5), {"groups": 2, "padding": 1, "stride": 2}),
+    "one input a group": ((6, 1, 3, 3), (3, 5, 5), {"groups": 3}),
+    "1x1": ((7, 5, 1, 1), (5, 3, 4), {}),
+    "1x1 strided": ((7, 5, 1, 1), (5, 5, 4), {"stride": 2}),
+    "many tiles": ((35, 40, 2, 2), (40, 7, 8), {"padding": 1}),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", CONVS)
+def test_fused_convolution_is_within_the_error_bound(name, is_channels_last, dtype):
+    weight, x, conv = CONVS[name]
+    check(conv_case((2, *x), weight, dtype, is_channels_last=is_channels_last, device=DEVICE, **conv), plan="fused")
+
+
+def test_fused_convolution_in_the_shipped_tiles_hard_or_with_one_gradient_wanted_is_within_the_error_bound():
+    for dtype in DTYPES:
+        check(conv_case((2, 3, 9, 8), (10, 3, 3, 3), dtype, padding=1, device=DEVICE), plan="fused")
+    case = conv_case((2, 3, 9, 8), (10, 3, 3, 3), kind="hard", bias=False, device=DEVICE)
+    check(case, plan="fused")
+    for wanted in ("grad_x", "grad_weight", "grad_scores"):
+        check(replace(case, kind="sigmoid", wanted=(wanted,)), plan="fused")
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("num_processors", [1, 8, 132])
+def test_a_sum_over_pixels_in_any_number_of_parts_is_within_the_error_bound(num_processors, monkeypatch):
+    monkeypatch.setattr(rules, "chip", lambda device: replace(rules.H200, num_processors=num_processors))
+    check(conv_case((3, 3, 11, 12), (17, 3, 2, 2), torch.float16, device=DEVICE), plan="fused")
 
 
 FILTER_UNITS = [(6, 1, 1, 1), (1, 4, 1, 1), (6, 4, 1, 1), (1, 1, 3, 3), (2, 2, 3, 1)]
@@ -98,15 +154,25 @@ FILTER_UNITS = [(6, 1, 1, 1), (1, 4, 1, 1), (6, 4, 1, 1), (1, 1, 3, 3), (2, 2, 3
 @pytest.mark.parametrize("scores_shape", FILTER_UNITS, ids=size_id)
 @pytest.mark.parametrize("is_channels_last", [False, True])
 def test_coarse_scores_of_filters_are_within_the_error_bound(scores_shape, is_channels_last):
-    check(conv_case(
-        (2, 4, 6, 5), (6, 4, 3, 3), torch.float32, scores_shape=scores_shape, padding=1,
-        is_channels_last=is_channels_last, device=DEVICE,
-    ))  # fmt: skip
+    for plan in ("cached", "fused"):
+        check(conv_case(
+            (2, 4, 6, 5), (6, 4, 3, 3), torch.float32, scores_shape=scores_shape, padding=1,
+            is_channels_last=is_channels_last, device=DEVICE,
+        ), plan=plan)  # fmt: skip
+
+
+def test_scores_shared_across_the_groups_of_a_convolution_are_within_the_error_bound():
+    for plan in ("cached", "fused"):
+        for scores_shape in ((3, 1, 1, 1), (3, 2, 3, 1), (1, 1, 1, 1)):  # 2 outputs a score, 3 outputs a group
+            check(conv_case(
+                (2, 4, 6, 5), (6, 2, 3, 3), torch.float32, scores_shape=scores_shape, padding=1, groups=2,
+                device=DEVICE,
+            ), plan=plan)  # fmt: skip
 
 
 def test_the_weights_of_a_score_are_added_in_parts_that_fill_the_chip():
-    assert configs.score_parts(num_scores=1, per_score=1_000_000, num_processors=132) == (244, 4099)
-    assert configs.score_parts(num_scores=768, per_score=3072, num_processors=132) == (1, 3072)
+    assert rules.score_parts(num_scores=1, per_score=1_000_000, num_processors=132) == (244, 4099)
+    assert rules.score_parts(num_scores=768, per_score=3072, num_processors=132) == (1, 3072)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,10 +211,10 @@ def test_effective_weights_of_many_tensors_are_those_of_each(dtype, monkeypatch)
     weights[5] = weights[5].t()
     scores = [torch.randn(w.shape, device=DEVICE) for w in weights]
     calls = []
-    many = launch.TritonKernels._launch_many
-    monkeypatch.setattr(launch.TritonKernels, "_launch_many", lambda *a: (calls.append(len(a[1])), many(*a))[1])
+    many = products.TritonKernels._launch_many
+    monkeypatch.setattr(products.TritonKernels, "_launch_many", lambda *a: (calls.append(len(a[1])), many(*a))[1])
     kind, dtypes = sk.masks.Sigmoid(), [w.dtype for w in weights]
-    w_effs, penalties = launch.TritonKernels().effective_weights(weights, scores, BETA, kind, dtypes)
+    w_effs, penalties = products.TritonKernels().effective_weights(weights, scores, BETA, kind, dtypes)
     assert sum(calls) == 5 and len(calls) == len(set(dtypes))  # one launch a dtype; the empty one needs none
     with sk.use_backend("triton"):
         alone = [sk.effective_weight(w, s, 3.0) for w, s in zip(weights, scores, strict=True)]
@@ -162,11 +228,67 @@ def test_effective_weights_of_many_tensors_are_those_of_each(dtype, monkeypatch)
     assert penalties.tolist() == pytest.approx([p.item() for _, p in alone], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_score_gradients_of_many_tensors_are_those_of_each(dtype):
+    shapes = [(6, 4, 3, 3), (1, 1, 1, 1), (40, 30, 1, 2), (0, 4, 1, 1), (5, 4, 3, 3)]
+    weights = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    grads = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    weights[2] = weights[2].contiguous(memory_format=torch.channels_last)  # its gradient is not
+    scores = [torch.randn_like(w, dtype=torch.float32) for w in weights]
+    scores[4] = torch.randn(5, 1, 1, 1, device=DEVICE)
+    lam = torch.tensor(0.3, device=DEVICE)
+    penalties = [lam, None, lam, lam, lam]
+    kernels, kind = launch.TritonElementwise(), sk.masks.Sigmoid()
+    many = kernels.grad_scores_of_many([g.clone() for g in grads], penalties, weights, scores, BETA, kind)
+    for g, p, w, s, made in zip(grads, penalties, weights, scores, many, strict=True):
+        assert made.shape == s.shape and made.stride() == s.stride() and made.dtype == torch.float32
+        assert torch.equal(made, kernels.grad_scores(g.clone(), p, w, s, BETA, kind, True, False)[0])
+        z = 3 * s.double()
+        slope = 3 * torch.sigmoid(z) * torch.sigmoid(-z)
+        of_penalty = 0.0 if p is None else 0.3 * w.numel() / max(s.numel(), 1)
+        total = (g.double() * w.double()).sum_to_size(s.shape) + of_penalty
+        size = (g.double() * w.double()).abs().sum_to_size(s.shape) + of_penalty
+        relative = 2.0**-21 * (1 + z.abs() / 4)  # exp of an argument that was rounded
+        assert ((made.double() - total * slope).abs() <= relative * size * slope).all()
+
+
+class Vendor(TorchDispatchMode):
+    """Names the vendor products, convolutions and effective weights that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "matmul", "linear", "convolution", "convolution_backward", "conv2d"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_plan_fused_calls_no_vendor_product_and_makes_no_effective_weight(monkeypatch):
+    monkeypatch.setattr(products.TritonKernels, "effective_weight", None)
+    image = (2, 4, 6, 5)
+    cases = [
+        linear_case(9, 10, 12, device=DEVICE), linear_case(9, 10, 12, is_transposed=True, device=DEVICE),
+        conv_case(image, (6, 4, 3, 3), padding=1, device=DEVICE), conv_case(image, (6, 4, 1, 1), device=DEVICE),
+        conv_case(image, (6, 4, 1, 1), is_channels_last=True, device=DEVICE),
+    ]  # fmt: skip
+    for case in cases:
+        with Vendor() as vendor:
+            run(case, lambda c: ours(c, backend="triton", plan="fused"))
+        assert vendor.seen == []
+    rows = replace(linear_case(9, 10, 12, scores_shape=(10, 1), device=DEVICE), wanted=("grad_x", "grad_scores"))
+    with Vendor() as vendor:
+        run(rows, lambda c: ours(c, backend="triton", plan="fused"))
+    assert vendor.seen == ["mm"]  # the weight gradient, whose rows are then added
+
+
 def test_no_table_is_copied_to_the_device_while_addresses_stay():
     weights = [torch.randn(5, 7, device=DEVICE) for _ in range(3)]
     scores = [torch.randn(5, 7, device=DEVICE) for _ in range(3)]
     out = [torch.empty(5, 7, device=DEVICE) for _ in range(3)]
-    kernels, kind = launch.TritonKernels(), sk.masks.Sigmoid()
+    kernels, kind = products.TritonKernels(), sk.masks.Sigmoid()
     for step in range(3):
         before = launch._table.cache_info()
         kernels.effective_weights(weights, scores, BETA, kind, [torch.float32] * 3, out)
@@ -208,17 +330,9 @@ def test_a_masked_model_trains_as_on_the_reference_backend():
         assert torch.allclose(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kwargs", "conv", "reason"), [
-    ({"scores_shape": (6, 1), "plan": "fused"}, False, "not built in Triton yet for scores coarser than weight"),
-    ({"dtype": torch.float64}, False, "torch.float64 weight computed in torch.float64 is not among its dtypes"),
-    ({"plan": "fused"}, True, "plan 'fused' is not built in Triton yet for convolutions"),
-])  # fmt: skip
-def test_what_is_not_built_is_refused_in_words(kwargs, conv, reason):
-    plan = kwargs.pop("plan", None)
-    kwargs["device"] = DEVICE
-    case = conv_case((1, 2, 4, 4), (3, 2, 3, 3), **kwargs) if conv else linear_case(4, 6, 8, **kwargs)
-    with pytest.raises(sk.BackendRefused, match=reason):
-        ours(case, backend="triton", plan=plan)
+def test_what_is_not_built_is_refused_in_words():
+    with pytest.raises(sk.BackendRefused, match=r"torch.float64 weight computed in torch.float64 is not among its"):
+        ours(linear_case(4, 6, 8, torch.float64, device=DEVICE), backend="triton")
 
 
 def test_empty_batches_and_weights_are_served():
@@ -237,7 +351,49 @@ def test_either_of_torchs_switches_for_tf32_is_heeded(precision, monkeypatch):
         before = torch.backends.cuda.matmul.fp32_precision
         try:
             set_it()
-            assert launch._dot_options(torch.float32)["PRECISION"] == precision
-            assert launch._dot_options(torch.bfloat16)["PRECISION"] == "ieee"
+            assert products.dot_options(torch.float32)["PRECISION"] == precision
+            assert products.dot_options(torch.bfloat16)["PRECISION"] == "ieee"
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then_used(tmp_path, monkeypatch):
+    from benchmarks import tune
+    from benchmarks.cases import LayerCase
+
+    monkeypatch.undo()  # the ordinary rules
+    monkeypatch.setattr(rules, "TABLES", tmp_path)
+    rules.table.cache_clear()
+    seen = []
+
+    def times(functions):
+        for function in functions.values():
+            function()
+        seen.append(list(functions))
+        return {name: 50.0 if name == "other" else 10.0 + len(name) for name in functions}
+
+    tiles = [(16, 32, 16, 4, 2), (32, 32, 16, 4, 2)]
+    case = LayerCase((32, 48), (40, 48), "bf16")
+    entries = [tune.tune_case(case, kernel, DEVICE, times, tiles, lambda text: None)
+               for kernel in ("score_gradient", "masked_product")]  # fmt: skip
+    assert [len(names) for names in seen] == [3, 3] and all(names[0] == "other" for names in seen)
+    assert rules.table("NVIDIA H200") == {}  # as it was
+    env = {"device": "NVIDIA H200", "torch": "t", "triton": "t", "commit": "c"}
+    tune.write_table(rules.table_path("NVIDIA H200"), entries, env)
+    tune.write_table(rules.table_path("NVIDIA H200"), entries[:1], env)
+    rules.table.cache_clear()
+    on = rules.H200
+    assert len(rules.table(on.name)) == 2
+    assert rules.score_gradient(torch.bfloat16, 40, 32, 48, True, on)[0] == replace(
+        configs.Gemm(*tiles[0], reason="measured")
+    )
+    assert rules.fuses_product(torch.bfloat16, 40, 32, 48, on)
+    used = []
+    product = products.TritonKernels._masked_product
+    monkeypatch.setattr(products.TritonKernels, "_masked_product", lambda *a: (used.append(1), product(*a))[1])
+    monkeypatch.setattr(rules, "chip", lambda device: on)
+    built = case.build(DEVICE)
+    check(built)
+    assert used
+    rules.table.cache_clear()

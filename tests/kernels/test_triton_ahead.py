@@ -15,7 +15,7 @@ if TritonBackend._is_interpreted():
 
 import triton
 
-from tests.kernels.triton_ahead import ARCHS, ODD, SHARED_LIMIT, builds, compile_ahead, read_table
+from tests.kernels.triton_ahead import ARCHS, MASKED, ODD, SHARED_LIMIT, builds, compile_ahead, read_table
 
 BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
 
@@ -28,8 +28,7 @@ def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, 
     assert row.spilled_bytes == 0 or ODD in build.label, row
     assert row.shared_bytes <= SHARED_LIMIT[arch] and not row.is_serialised, row
     if build.is_gemm:
-        is_small_m = row.kernel.startswith("small_m")
-        wgmma = "wgmma from registers" if is_small_m else "wgmma from shared memory"
+        wgmma = "wgmma from registers" if row.kernel.startswith(MASKED) else "wgmma from shared memory"
         assert row.products == ("fma" if "ieee" in build.label else wgmma if arch == 90 else "mma"), row
     if triton.__version__ != "3.7.1":
         return  # another compiler, another number of registers

@@ -18,13 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from subnet_kernels.backends.triton import configs, elementwise, score_gradient, small_m, units
+from subnet_kernels.backends.triton import configs, convolution, elementwise, masked_product, score_gradient, units
 
 TABLE = Path(__file__).with_name("triton_kernels.csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = (80, 90)
 ODD = "odd sizes"  # no size or stride is known to be a multiple of 16
 AUTOCAST = "fp32 weight"
+CHANNELS_LAST = "channels_last"
+MASKED = ("masked_product_kernel", "masked_conv_kernel")  # their left operand is the masked weight, in registers
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 TL_NAMES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
 
@@ -36,7 +38,7 @@ class Build:
     kernel: Any
     label: str
     dtype: str
-    constants: dict[str, Any]
+    constants: dict[Any, Any]  # by argument, or by (argument, place) in a tuple
     num_warps: int
     num_stages: int = 3
     is_gemm: bool = False
@@ -77,30 +79,75 @@ def builds() -> Iterator[Build]:
         for precision in ("tf32", "ieee") if dtype == "fp32" else ("ieee",):
             label = precision if dtype == "fp32" else ""
             product = {"PRECISION": precision, "UPCAST": False, "x_column": 1}
-            for is_split, wants_weight in ((False, False), (False, True), (True, False)):
-                config = configs.score_gradient(_torch_dtype(dtype), not wants_weight)
-                constants = {
-                    **epilogue, **product, **_tile(config, "BN", "BK", "BM"), "WANTS_WEIGHT": wants_weight,
-                    "IS_SPLIT": is_split, "grad_out_column": 1,
-                }  # fmt: skip
-                what = "split" if is_split else "with weight gradient" if wants_weight else ""
-                yield _gemm(score_gradient.score_gradient_kernel, (label, what), dtype, constants, config)
-                if dtype == "bf16" and what == "with weight gradient":  # the tile of everything that is not plain
-                    constants = {**constants, "WANTS_WEIGHT": False}
-                    for special in (AUTOCAST, ODD):
-                        yield _gemm(score_gradient.score_gradient_kernel, (special,), dtype, constants, config)
             torch_dtype = _torch_dtype(dtype)
-            for config in dict.fromkeys(configs.small_m(m, torch_dtype, torch_dtype) for m in configs.SMALL_M):
-                constants = {**product, **_tile(config, "BN", "BM", "BK"), "HAS_BIAS": True, "KIND": 0}
+            for is_split, wants_weight in ((False, False), (False, True), (True, False)):
+                tables = configs.SCORE_GRADIENT_SMALL if wants_weight else configs.SCORE_GRADIENT
+                for config in tables[torch_dtype.itemsize]:
+                    constants = {
+                        **epilogue, **product, **_tile(config, "BN", "BK", "BM"), "WANTS_WEIGHT": wants_weight,
+                        "IS_SPLIT": is_split, "grad_out_column": 1,
+                    }  # fmt: skip
+                    what = "split" if is_split else "with weight gradient" if wants_weight else ""
+                    labels = label, _size(config), what
+                    yield _gemm(score_gradient.score_gradient_kernel, labels, dtype, constants, config)
+                    if dtype == "bf16" and wants_weight:  # the tiles of everything that is not plain
+                        constants = {**constants, "WANTS_WEIGHT": False}
+                        for special in (AUTOCAST, ODD):
+                            labels = _size(config), special
+                            yield _gemm(score_gradient.score_gradient_kernel, labels, dtype, constants, config)
+            tiles = configs.MASKED_PRODUCT if torch_dtype.itemsize == 2 else configs.MASKED_PRODUCT_WIDE
+            for config in tiles.values():
+                constants = {
+                    **product, **_tile(config, "BN", "BM", "BK"), "HAS_BIAS": True, "KIND": 0, "WANTS_SUM": True,
+                    "IS_COARSE": False, "weight_column": 1,
+                }  # fmt: skip
                 what = f"{config.columns} rows of x"
                 for special in ("", ODD, AUTOCAST) if dtype == "bf16" else ("",):
                     if special != AUTOCAST or config.columns <= 64:
                         labels = label, what, special
-                        yield _gemm(small_m.small_m_kernel, labels, dtype, constants, config)
+                        yield _gemm(masked_product.masked_product_kernel, labels, dtype, constants, config)
+                backward = {k: v for k, v in constants.items() if k != "weight_column"}
+                backward |= {"HAS_BIAS": False, "WANTS_SUM": False, "weight_row": 1}
+                labels = label, what, "backward"
+                yield _gemm(masked_product.masked_product_kernel, labels, dtype, backward, config)
+                coarse = {**constants, "IS_COARSE": True}
+                yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
+            yield from _convolutions(dtype, label, {**product, "x_column": None})
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
     yield Build(elementwise.add_penalty_grad_kernel, "", "fp32", {**flat, "KIND": 0}, warps)
     yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
+
+
+def _convolutions(dtype: str, label: str, product: dict[str, Any]) -> Iterator[Build]:
+    """Kernels of size 3x3, stride 1, padding 1, over images in both memory formats."""
+    itemsize = _torch_dtype(dtype).itemsize
+    product = {k: v for k, v in product.items() if v is not None}
+    window = {("window", at): 1 for at in range(6)}
+    for layout in (CHANNELS_LAST, ""):
+        one = 1 if layout else 3  # which stride of an image or weight is 1
+        images = {(name, one): 1 for name in ("x_strides", "out_strides", "grad_strides")}
+        config = configs.MASKED_CONV[itemsize]
+        for is_backward in (False, True):
+            constants = {
+                **product, **_tile(config, "BN", "BP", "BD"), **window, **images, "HAS_BIAS": not is_backward,
+                "WANTS_SUM": not is_backward, "IS_BACKWARD": is_backward, "IS_COARSE": False, "KIND": 0,
+                ("weight_strides", 0 if layout and is_backward else one): 1,
+            }  # fmt: skip
+            labels = label, "backward" if is_backward else "", layout
+            yield _gemm(convolution.masked_conv_kernel, labels, dtype, constants, config)
+        config = configs.CONV_SCORE_GRADIENT[itemsize]
+        for is_split in (False, True):
+            constants = {
+                **product, **_tile(config, "BN", "BK", "BP"), **window, **images, "HAS_PENALTY": True,
+                "WANTS_WEIGHT": False, "KIND": 0, "IS_SPLIT": is_split, ("weight_strides", one): 1,
+            }  # fmt: skip
+            labels = label, "split" if is_split else "", layout
+            yield _gemm(convolution.conv_score_gradient_kernel, labels, dtype, constants, config)
+
+
+def _size(config: configs.Gemm) -> str:
+    return f"{config.rows}x{config.columns}"
 
 
 def _tile(config: configs.Gemm, rows: str, columns: str, depth: str) -> dict[str, int]:
@@ -128,11 +175,16 @@ _POINTERS = {
 
 _ANY_NUMBER = {
     "steps_per_part", "num_parts", "num_scores", "per_score", "per_part",
-    *(f"{what}_{d}" for what in ("size", "group") for d in range(4)),
+    *(f"{what}_{d}" for what in ("size", "group") for d in range(4)), "group_row", "group_column", "score_row",
+    "score_column", "num_pixels",
 }  # fmt: skip  # arguments that are no multiples of 16 as a rule
 
 
-_SIZES = {"m", "n", "k", "x_row", "grad_out_row"}
+_SIZES = {"m", "n", "k", "x_row", "grad_out_row", "weight_row", "weight_column"}
+_TUPLES = {
+    "sizes": 6, "window": 6, "x_strides": 4, "out_strides": 4, "grad_strides": 4, "weight_strides": 4,
+    "score_strides": 4, "score_groups": 4,
+}  # fmt: skip  # arguments that are tuples, and how long
 
 
 def _type_of(name: str, build: Build) -> str:
@@ -149,13 +201,24 @@ def _type_of(name: str, build: Build) -> str:
 
 def compile_ahead(build: Build, arch: int) -> Row:
     names = build.kernel.arg_names
-    signature = {name: _type_of(name, build) for name in names}
+    constants = {(names.index(n),) if isinstance(n, str) else (names.index(n[0]), n[1]): v
+                 for n, v in build.constants.items() if (n if isinstance(n, str) else n[0]) in names}  # fmt: skip
     any_number = _ANY_NUMBER | (_SIZES if ODD in build.label else set())
-    is_multiple = [name for name in names if signature[name] not in ("constexpr", "fp32") and name not in any_number]
-    source = ASTSource(
-        build.kernel, signature, constexprs={(names.index(n),): v for n, v in build.constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in is_multiple},
-    )  # fmt: skip
+    signature: dict[str, Any] = {}
+    multiples: list[tuple[int, ...]] = []
+    for at, name in enumerate(names):
+        if name in _TUPLES:
+            parts = range(_TUPLES[name])
+            signature[name] = tuple("constexpr" if (at, part) in constants else "i32" for part in parts)
+            # rows of channels_last images and weights hold multiples of 16 values
+            if CHANNELS_LAST in build.label and name.endswith("_strides") and name != "score_strides":
+                multiples += [(at, part) for part in parts if (at, part) not in constants]
+            continue
+        signature[name] = _type_of(name, build)
+        if signature[name] not in ("constexpr", "fp32") and name not in any_number:
+            multiples.append((at,))
+    attrs = {path: [["tt.divisibility", 16]] for path in multiples}
+    source = ASTSource(build.kernel, signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled, report = _assemble(compiled.asm["ptx"], arch)

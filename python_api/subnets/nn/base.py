@@ -18,6 +18,7 @@ from subnet_kernels.masks import (
     weights_per_score,
 )
 from subnet_kernels.ops.checks import check_beta_value
+from subnet_kernels.ops.pending import PendingScoreGradients
 from subnet_kernels.optim import Masked, bind_scores
 from subnet_kernels.slots import Slot
 
@@ -52,6 +53,7 @@ class MaskState:
     schedule: Schedule | None = None
     penalties: dict[int, Tensor] | None = None  # by slot number, of the layers that ran inside collect_penalty()
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the model's parameters before masking
+    pending: PendingScoreGradients = field(default_factory=PendingScoreGradients)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
         schedule = None if self.schedule is None else Schedule(**vars(self.schedule))
@@ -61,7 +63,7 @@ class MaskState:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "penalties": None, "is_disabled": False}
+        return {**vars(self), "penalties": None, "is_disabled": False, "pending": PendingScoreGradients()}
 
 
 def new_state(device: torch.device | str | None = None) -> MaskState:

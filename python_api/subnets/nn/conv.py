@@ -84,7 +84,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             check_fits(x, weight, args)
         beta = self._state.beta
         collects = self._collects()
-        settings = Settings(self.current_kind, self.plan, None, self._slot, collects)
+        settings = Settings(self.current_kind, self.plan, None, self._slot, collects, self._state.pending)
         out = run_masked_conv2d(x, weight, scores, beta, bias, args, settings)
         if collects:
             out, penalty = out

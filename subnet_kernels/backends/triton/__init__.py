@@ -1,5 +1,8 @@
-"""The Triton backend. mask.py: the mask functions; elementwise.py, units.py, score_gradient.py, small_m.py: kernels;
-configs.py: their tiles; launch.py: calls them. Triton is imported when the backend is first considered for a GPU.
+"""The Triton backend. Triton is imported when the backend is first considered for a GPU.
+
+mask.py: the mask functions. Kernels: elementwise.py, units.py (coarse scores), masked_product.py, score_gradient.py,
+convolution.py. configs.py: their tiles; rules.py: which tiles, and where a kernel is used. launch.py and products.py
+call them.
 """
 
 from __future__ import annotations
@@ -26,24 +29,26 @@ def load_error() -> str | None:
 @functools.cache
 def _gpu_refusal(plan: str | None) -> str | None:
     """What the present GPU lacks, if anything."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if (properties.major, properties.minor) < (8, 0):
-        return f"{properties.name} is older than the kernels' least architecture, sm_80"
-    shared = properties.shared_memory_per_block_optin
-    if plan == "fused" and shared < 160 * 1024:
-        return f"plan 'fused' needs 160 KB of shared memory a block, {properties.name} has {shared // 1024}"
+    from . import rules
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than the kernels' least architecture, sm_80"
+    on = rules.chip(device)
+    if plan == "fused" and not rules.has_room(on):
+        return f"plan 'fused' needs 160 KB of shared memory a block, {on.name} has {on.shared // 1024}"
     return None
 
 
 @functools.cache
 def _kernels() -> Backend:
-    from .launch import TritonKernels
+    from .products import TritonKernels
 
     return TritonKernels()
 
 
 class TritonBackend(Backend):
-    """Says what Triton serves, and hands it to launch.TritonKernels."""
+    """Says what Triton serves, and hands it to products.TritonKernels."""
 
     name = "triton"
 
@@ -62,10 +67,6 @@ class TritonBackend(Backend):
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 and not call.is_same_shape:
             return f"coarse scores over a weight with {call.num_dims} dimensions are not built here (up to 4 are)"
-        if call.plan == "fused" and call.op != "masked_linear":
-            return "plan 'fused' is not built in Triton yet for convolutions; use plan='cached'"
-        if call.plan == "fused" and not call.is_same_shape:
-            return "plan 'fused' is not built in Triton yet for scores coarser than weight; use plan='cached'"
         return None
 
     @staticmethod
@@ -88,6 +89,7 @@ def _hand_over(name: str) -> Any:
 
 
 for _name in (
-    "effective_weight", "effective_weights", "grad_scores", "add_penalty_grad_", "masked_linear", "linear_grad_scores",
+    "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
+    "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d", "masked_conv2d_backward",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

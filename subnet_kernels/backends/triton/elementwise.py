@@ -90,6 +90,33 @@ def grad_scores_kernel(
 
 
 @triton.jit
+def grad_scores_of_many_kernel(
+    table, block_tensor, block_first, beta, G_DTYPE: tl.constexpr, W_DTYPE: tl.constexpr, KIND: tl.constexpr,
+    IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_scores of many tensors in one launch. table int64 [L, 6]: addresses of grad_w_eff, weight, scores,
+    grad_scores, grad_penalty (0: none), and the number of weights; the rest as in effective_weights_kernel."""
+    block = tl.program_id(0)
+    row = table + tl.load(block_tensor + block).to(tl.int64) * 6
+    grad_w_eff, weight = tl.load(row).to(tl.pointer_type(G_DTYPE)), tl.load(row + 1).to(tl.pointer_type(W_DTYPE))
+    scores, grad_scores = tl.load(row + 2), tl.load(row + 3)
+    scores, grad_scores = scores.to(tl.pointer_type(tl.float32)), grad_scores.to(tl.pointer_type(tl.float32))
+    grad_penalty, num = tl.load(row + 4), tl.load(row + 5)
+    first = tl.load(block_first + block)
+    if IS_ALIGNED:
+        grad_w_eff, weight = tl.multiple_of(grad_w_eff, 16), tl.multiple_of(weight, 16)
+        scores, grad_scores = tl.multiple_of(scores, 16), tl.multiple_of(grad_scores, 16)
+        num, first = tl.multiple_of(num, 16), tl.multiple_of(first, 16)
+    at = first + tl.arange(0, BLOCK)
+    inside = at < num
+    total = tl.load(grad_w_eff + at, mask=inside, other=0.0).to(tl.float32)
+    total *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(grad_penalty.to(tl.pointer_type(tl.float32)), mask=grad_penalty != 0, other=0.0)
+    slope = mask_slope(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
+    tl.store(grad_scores + at, total * slope, mask=inside)
+
+
+@triton.jit
 def add_penalty_grad_kernel(grads, scores, beta, scale, num, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """grads += scale * slope(scores)"""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

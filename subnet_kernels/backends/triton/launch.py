@@ -1,4 +1,4 @@
-"""What the kernels need around them: tiles, memory, launches."""
+"""What the elementwise kernels need around them: memory, tables of addresses, launches. products.py has the rest."""
 
 from __future__ import annotations
 
@@ -15,46 +15,40 @@ from triton.runtime.interpreter import InterpretedFunction
 from ...masks import MaskKind
 from ..base import KIND_CODES, Backend
 from ..layout import aligned, is_dense, with_strides_of
-from . import configs
+from . import configs, rules
 from .elementwise import (
     add_penalty_grad_kernel,
     add_up_kernel,
     effective_weight_kernel,
     effective_weights_kernel,
     grad_scores_kernel,
+    grad_scores_of_many_kernel,
 )
-from .score_gradient import add_parts_kernel, score_gradient_kernel
-from .small_m import small_m_kernel
 from .units import effective_weight_unit_kernel, finish_scores_kernel, score_sums_kernel
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 IS_INTERPRETED = isinstance(effective_weight_kernel, InterpretedFunction)
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _dot_options(dtype: torch.dtype) -> dict[str, Any]:
-    """How products are computed: torch's own TF32 switch decides for fp32; the interpreter multiplies in fp32."""
-    allows_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"PRECISION": "tf32" if allows_tf32 else "ieee", "UPCAST": IS_INTERPRETED}
 
 
 @functools.lru_cache(maxsize=64)
 def _table(
-    addresses: tuple[tuple[int, int, int, int], ...], block: int, device: torch.device
+    addresses: tuple[tuple[int, ...], ...], block: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What effective_weights_kernel and add_up_kernel read: the tensors, which block is whose, whose partials are
-    where. Kept, because a model's addresses stay: no copy to the device per step, none in a captured CUDA graph."""
+    """What the kernels for many tensors read: the tensors (the last number: how many weights), which block is whose,
+    whose partials are where. Kept, because a model's addresses stay: no copy to the device per step, none in a captured
+    CUDA graph."""
     owner, first, bounds = [], [], [0]
-    for i, (_, _, _, num) in enumerate(addresses):
+    for i, (*_, num) in enumerate(addresses):
         starts = range(0, num, block)
         owner += [i] * len(starts)
         first += starts
         bounds.append(len(owner))
     return (
-        torch.tensor(addresses, dtype=torch.int64, device=device).view(-1, 4),
+        torch.tensor(addresses, dtype=torch.int64, device=device),
         torch.tensor(owner, dtype=torch.int32, device=device),
         torch.tensor(first, dtype=torch.int64, device=device),
         torch.tensor(bounds, dtype=torch.int64, device=device),
@@ -93,8 +87,8 @@ class _Unit:
         return torch.empty_like(self.given).copy_(values.view(self.scores.shape).permute(inverse))
 
 
-class TritonKernels(Backend):
-    """The methods of TritonBackend (what that refuses does not come here)."""
+class TritonElementwise(Backend):
+    """The elementwise methods of TritonBackend (what that refuses does not come here)."""
 
     name = "triton"
 
@@ -119,7 +113,7 @@ class TritonKernels(Backend):
                 unit = _Unit(weight, scores)
                 kernel = effective_weight_unit_kernel
                 arguments = weight, unit.scores, beta, w_eff, partials, num, *unit.geometry
-            with _on(weight):
+            with on_device_of(weight):
                 kernel[(len(partials),)](*arguments, KIND_CODES[kind.name], config.block, num_warps=config.num_warps)
             torch.sum(partials, 0, out=penalty)
         else:
@@ -175,7 +169,7 @@ class TritonKernels(Backend):
         _keep_if_captured(table, owner, first, bounds)
         is_aligned = all(number % 16 == 0 for row in addresses for number in row)
         partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
-        with _on(beta):
+        with on_device_of(beta):
             effective_weights_kernel[(len(owner),)](
                 table, owner, first, beta, partials, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype], KIND_CODES[kind.name],
                 is_aligned, config.block, num_warps=config.num_warps,
@@ -209,7 +203,7 @@ class TritonKernels(Backend):
         grad_weight = torch.empty_like(weight) if wants_weight else None
         num, config = weight.numel(), configs.ELEMENTWISE
         if num:
-            with _on(weight):
+            with on_device_of(weight):
                 grad_scores_kernel[(triton.cdiv(num, config.block),)](
                     scores if grad_w_eff is None else grad_w_eff, beta if grad_penalty is None else grad_penalty,
                     weight, scores, beta, grad_scores, weight if grad_weight is None else grad_weight, num,
@@ -220,6 +214,39 @@ class TritonKernels(Backend):
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
 
+    def grad_scores_of_many(
+        self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
+        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+    ) -> list[Tensor]:
+        given = list(zip(grad_w_effs, grad_penalties, weights, scores, strict=True))
+        made: dict[int, Tensor] = {}
+        groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        for i, (grad, _, weight, score) in enumerate(given):
+            is_flat = is_dense(weight) and score.shape == weight.shape and score.stride() == weight.stride()
+            if is_flat and weight.numel():
+                groups.setdefault((grad.dtype, weight.dtype), []).append(i)
+            else:
+                made[i] = super().grad_scores_of_many(*([part] for part in given[i]), beta, kind)[0]
+        for (g_dtype, w_dtype), members in groups.items():
+            grads = [with_strides_of(weights[i], grad_w_effs[i]) for i in members]  # alive until the launch
+            made |= {i: torch.empty_like(scores[i]) for i in members}
+            addresses = tuple(
+                (
+                    grad.data_ptr(), weights[i].data_ptr(), scores[i].data_ptr(), made[i].data_ptr(),
+                    0 if (penalty := grad_penalties[i]) is None else penalty.data_ptr(), weights[i].numel(),
+                )
+                for grad, i in zip(grads, members, strict=True)
+            )  # fmt: skip
+            table, owner, first, bounds = _table(addresses, configs.ELEMENTWISE.block, beta.device)
+            _keep_if_captured(table, owner, first, bounds)
+            is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:4], row[5]))
+            with on_device_of(beta):
+                grad_scores_of_many_kernel[(len(owner),)](
+                    table, owner, first, beta, TL_DTYPES[g_dtype], TL_DTYPES[w_dtype], KIND_CODES[kind.name],
+                    is_aligned, configs.ELEMENTWISE.block, num_warps=configs.ELEMENTWISE.num_warps,
+                )  # fmt: skip
+        return [made[i] for i in range(len(given))]
+
     def _unit_grad_scores(
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
         kind: MaskKind,
@@ -228,10 +255,10 @@ class TritonKernels(Backend):
             return torch.zeros_like(scores)
         unit, config = _Unit(weight, scores), configs.ELEMENTWISE
         num, per_score = scores.numel(), unit.per_score
-        num_parts, per_part = configs.score_parts(num, per_score, configs.num_processors(weight.device))
+        num_parts, per_part = rules.score_parts(num, per_score, rules.chip(weight.device).num_processors)
         sums = beta.new_empty(num_parts if grad_w_eff is not None else 0, num)
         grad_scores = torch.empty_like(unit.scores)
-        with _on(weight):
+        with on_device_of(weight):
             if grad_w_eff is not None:
                 score_sums_kernel[(num, num_parts)](
                     grad_w_eff, weight, sums, num, *unit.geometry, per_score, per_part, configs.SCORE_SUMS.block,
@@ -253,79 +280,9 @@ class TritonKernels(Backend):
             if not grad.numel():
                 continue
             dense = grad if is_dense(grad) else grad.contiguous()
-            with _on(grad):
+            with on_device_of(grad):
                 add_penalty_grad_kernel[(triton.cdiv(grad.numel(), config.block),)](
                     dense, aligned(dense, score), beta, lam * count, grad.numel(), KIND_CODES[kind.name], config.block,
                     num_warps=config.num_warps,
                 )  # fmt: skip
             grad.copy_(dense) if dense is not grad else torch.autograd.graph.increment_version(grad)
-
-    # --- linear ---------------------------------------------------------------------------------------------------
-
-    def masked_linear(
-        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
-        plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if plan != "fused" or not x.numel() or not weight.numel() or scores.shape != weight.shape:
-            return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
-        given_weight, given_scores = weight, scores
-        weight, scores = weight.contiguous(), scores.contiguous()
-        rows = x.reshape(-1, x.shape[-1])
-        (m, k), n = rows.shape, weight.shape[0]
-        config = configs.small_m(m, x.dtype, weight.dtype)
-        tiles_n, tiles_m = triton.cdiv(n, config.rows), triton.cdiv(m, config.columns)
-        if tiles_m > 65535:  # the most that a grid's second dimension may have
-            return super().masked_linear(x, given_weight, given_scores, beta, bias, kind, plan, buffers)
-        out = x.new_empty(m, n)
-        partials = beta.new_empty(tiles_n)
-        with _on(x):
-            small_m_kernel[(tiles_n, tiles_m)](
-                rows, weight, scores, beta, out if bias is None else bias.contiguous(), out, partials, m, n, k,
-                rows.stride(0), rows.stride(1), bias is not None, KIND_CODES[kind.name], **_dot_options(x.dtype),
-                BN=config.rows, BM=config.columns, BK=config.depth, num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )  # fmt: skip
-        return out.view(*x.shape[:-1], n), partials.sum(), None
-
-    def linear_grad_scores(
-        self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
-        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if (
-            grad_out is None or x is None or not needs_scores or not kind.is_trainable
-            or not x.numel() or not weight.numel()
-            or not weight.is_contiguous() or not scores.is_contiguous() or scores.shape != weight.shape
-            or grad_out.dtype != x.dtype or not configs.fuses_score_gradient(x.shape[0], x.dtype)
-        ):
-            return super().linear_grad_scores(
-                grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
-            )
-        (m, n), k = grad_out.shape, x.shape[1]
-        is_plain = weight.dtype == x.dtype and k % 16 == 0
-        config = configs.score_gradient(x.dtype, is_plain and not needs_weight)
-        tiles = triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
-        steps = triton.cdiv(m, config.depth)
-        num_parts = configs.split(tiles, steps, configs.num_processors(x.device))
-        steps_per_part = triton.cdiv(steps, num_parts)
-        num_parts = triton.cdiv(steps, steps_per_part)
-        grad_scores = torch.empty_like(scores)
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        parts = grad_scores if num_parts == 1 else scores.new_empty(num_parts, n, k)
-        has_penalty, code = grad_penalty is not None, KIND_CODES[kind.name]
-        results = (
-            weight, scores, beta, grad_penalty if grad_penalty is not None else beta, grad_scores,
-            weight if grad_weight is None else grad_weight,
-        )  # fmt: skip
-        with _on(x):
-            score_gradient_kernel[(tiles, num_parts)](
-                grad_out, x, *results, parts, m, n, k, *grad_out.stride(), *x.stride(), steps_per_part, has_penalty,
-                needs_weight, code, num_parts > 1, **_dot_options(x.dtype), BN=config.rows, BK=config.columns,
-                BM=config.depth, num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
-            if num_parts > 1:
-                flat = configs.ELEMENTWISE
-                add_parts_kernel[(triton.cdiv(n * k, flat.block),)](
-                    parts, *results, n * k, num_parts, has_penalty, needs_weight, code, flat.block,
-                    num_warps=flat.num_warps,
-                )  # fmt: skip
-        return grad_scores, grad_weight
