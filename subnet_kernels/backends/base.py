@@ -104,10 +104,11 @@ class Backend:
         return [grad_scores for grad_scores in made if grad_scores is not None]
 
     def add_penalty_grad_(
-        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
-        kind: MaskKind,
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
+        lam: float | Tensor, kind: MaskKind,
     ) -> None:
-        """grads += lam * weights_per_score * penalty_slope, in place."""
+        """grads += lam * weights_per_score * penalty_slope, in place; lam may be a 0-d tensor on the scores' device,
+        whose value no GPU backend reads on the host."""
         raise NotImplementedError
 
     # --- linear ---------------------------------------------------------------------------------------------------

@@ -212,11 +212,11 @@ class NativeBackend(Backend):
         )
 
     def add_penalty_grad_(
-        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
-        kind: MaskKind,
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
+        lam: float | Tensor, kind: MaskKind,
     ) -> None:
         torch.ops.subnet_native.add_penalty_grad.default(
-            grads, scores, weights_per_score, beta, lam, KIND_CODES[kind.name]
+            grads, scores, weights_per_score, beta, float(lam), KIND_CODES[kind.name]
         )
         for grad in grads:
             _bump(grad)

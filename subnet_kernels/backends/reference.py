@@ -53,8 +53,12 @@ class ReferenceBackend(Backend):
         return grad_scores, grad_weight
 
     def add_penalty_grad_(
-        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
-        kind: MaskKind,
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
+        lam: float | Tensor, kind: MaskKind,
     ) -> None:
         for grad, score, count in zip(grads, scores, weights_per_score, strict=True):
-            grad.add_(kind.penalty_slope(score, beta).to(grad.dtype), alpha=lam * count)
+            slope = kind.penalty_slope(score, beta).to(grad.dtype)
+            if isinstance(lam, Tensor):
+                grad.addcmul_(slope, lam.to(grad.dtype) * count)
+            else:
+                grad.add_(slope, alpha=lam * count)

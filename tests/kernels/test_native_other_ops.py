@@ -7,6 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("subnet_kernels._C", reason="the extension is not built")
+from subnet_kernels.backends.native import NativeBackend
+from subnet_kernels.backends.reference import ReferenceBackend
+from subnet_kernels.masks import as_kind
 from tests.kernels.native_inputs import CAPABILITIES, assert_within, capability, ops, randn
 
 BETA = torch.tensor(3.5)
@@ -26,6 +29,19 @@ def test_add_penalty_grad_adds_lam_times_count_times_slope(name):
             z = 3.5 * s.double()
             added = 1e-2 * count * 3.5 * torch.sigmoid(z) * torch.sigmoid(-z)
             assert_within(grad, old + added, 8 * 2.0**-24 * (old.abs() + added))
+
+
+@pytest.mark.parametrize("backend", [NativeBackend("cpu"), ReferenceBackend()], ids=lambda backend: backend.name)
+def test_add_penalty_grad_takes_lam_as_a_tensor(backend):
+    scores = [randn((67, 129), 0), randn((5, 1), 1), randn((6, 35), 2, (1, 0))]
+    for lam in (torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)):
+        results = []
+        for given in (0.25, lam):
+            grads = [randn(tuple(s.shape), 9) for s in scores]
+            backend.add_penalty_grad_(grads, scores, [1, 40, 7], BETA, given, as_kind("sigmoid"))
+            results.append(grads)
+        for with_float, with_tensor in zip(*results, strict=True):
+            assert_within(with_tensor, with_float.double(), 4 * 2.0**-24 * (with_float.double().abs() + 10))
 
 
 def test_add_penalty_grad_of_a_hard_mask_changes_nothing():

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnet_kernels as sk
 from subnet_kernels.backends.triton import TritonBackend, load_error
+from subnet_kernels.masks import as_kind
 from subnet_kernels.testing import conv_case, linear_case, ours, run, worst_errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -307,14 +308,29 @@ def test_saturated_masks_are_exactly_zero_and_one_and_nan_stays():
         assert w_eff[0, 5:].tolist() == [1.0, 0.0]
 
 
-def test_a_masked_model_trains_as_on_the_reference_backend():
+@pytest.mark.parametrize("lam", [0.25, torch.tensor(0.25, device=DEVICE), torch.tensor(0.25, device=DEVICE).double()])
+def test_add_penalty_grad_adds_lam_times_count_times_slope(lam):
+    scores = [torch.randn(shape, device=DEVICE) for shape in ((70, 33), (1, 1), (5, 7))]
+    scores[2] = scores[2].t()
+    grads = [torch.randn_like(s) for s in scores]
+    expected = [
+        g.double() + 0.25 * count * 3 * torch.sigmoid(3 * s.double()) * torch.sigmoid(-3 * s.double())
+        for g, s, count in zip(grads, scores, (1, 7, 40), strict=True)
+    ]
+    launch.TritonKernels().add_penalty_grad_(grads, scores, [1, 7, 40], BETA, lam, as_kind("sigmoid"))
+    for grad, true in zip(grads, expected, strict=True):
+        assert ((grad - true).abs() <= 2.0**-21 * (true.abs() + 10)).all()
+
+
+@pytest.mark.parametrize("lam", [1e-3, torch.tensor(1e-3, device=DEVICE)], ids=["float", "tensor"])
+def test_a_masked_model_trains_as_on_the_reference_backend(lam):
     from subnets import mask_model
 
     def trained(backend):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(9, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3)).to(DEVICE)
         masks = mask_model(model)
-        optimizer = masks.adamw(lr=0.1, lam=1e-3)
+        optimizer = masks.adamw(lr=0.1, lam=lam)
         masks.anneal(to=100, steps=5)
         x = torch.randn(30, 9, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         with sk.use_backend(backend):

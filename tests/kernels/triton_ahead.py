@@ -115,7 +115,10 @@ def builds() -> Iterator[Build]:
             yield from _convolutions(dtype, label, {**product, "x_column": None})
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
-    yield Build(elementwise.add_penalty_grad_kernel, "", "fp32", {**flat, "KIND": 0}, warps)
+    for reads_lam in (False, True):
+        label = "lam on the device" if reads_lam else ""
+        constants = {**flat, "KIND": 0, "READS_LAM": reads_lam}
+        yield Build(elementwise.add_penalty_grad_kernel, label, "fp32", constants, warps)
     yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
 
 
@@ -168,7 +171,7 @@ def _torch_dtype(name: str) -> Any:
 _POINTERS = {
     "weight": "W", "w_eff": "W", "grad_w_eff": "W", "grad_weight": "W", "x": "W", "grad_out": "W", "bias": "W",
     "out": "W", "scores": "fp32", "beta": "fp32", "partials": "fp32", "sums": "fp32", "grad_penalty": "fp32",
-    "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
+    "lam": "fp32", "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
     "block_first": "i64", "bounds": "i64",
 }  # fmt: skip
 

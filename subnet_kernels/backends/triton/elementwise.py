@@ -117,8 +117,12 @@ def grad_scores_of_many_kernel(
 
 
 @triton.jit
-def add_penalty_grad_kernel(grads, scores, beta, scale, num, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """grads += scale * slope(scores)"""
+def add_penalty_grad_kernel(
+    grads, scores, beta, lam, scale, num, READS_LAM: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grads += scale * slope(scores), or lam * scale * slope(scores) with lam in memory (else it may be any pointer)"""
+    if READS_LAM:
+        scale *= tl.load(lam)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     score = tl.load(scores + at, mask=inside, other=0.0)

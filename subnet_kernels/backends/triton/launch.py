@@ -272,17 +272,19 @@ class TritonElementwise(Backend):
         return unit.as_given(grad_scores)
 
     def add_penalty_grad_(
-        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor, lam: float,
-        kind: MaskKind,
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
+        lam: float | Tensor, kind: MaskKind,
     ) -> None:
         config = configs.ELEMENTWISE
+        on_device = lam.to(torch.float32) if isinstance(lam, Tensor) else None
         for grad, score, count in zip(grads, scores, weights_per_score, strict=True):
             if not grad.numel():
                 continue
             dense = grad if is_dense(grad) else grad.contiguous()
             with on_device_of(grad):
                 add_penalty_grad_kernel[(triton.cdiv(grad.numel(), config.block),)](
-                    dense, aligned(dense, score), beta, lam * count, grad.numel(), KIND_CODES[kind.name], config.block,
-                    num_warps=config.num_warps,
+                    dense, aligned(dense, score), beta, beta if on_device is None else on_device,
+                    lam * count if on_device is None else float(count), grad.numel(), on_device is not None,
+                    KIND_CODES[kind.name], config.block, num_warps=config.num_warps,
                 )  # fmt: skip
             grad.copy_(dense) if dense is not grad else torch.autograd.graph.increment_version(grad)
