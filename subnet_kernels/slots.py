@@ -7,6 +7,11 @@ that several uses between two optimizer steps (gradient accumulation, shared lay
 The key holds memory addresses and version counters. Both can be fooled (a write through ``.data`` bumps nothing; a deep
 copy starts at version 0), therefore every optimizer step clears all slots unless the optimizer wrote them itself, a
 copied or unpickled slot is empty, layers clear theirs where tensors are replaced, and :meth:`Slot.is_exact` recomputes.
+
+CUDA graphs: a capture never trusts what was made outside of it, nor its memory, and uses its own. Inside one
+:func:`~subnet_kernels.capturing.capture_scope` a slot is trusted as usual; in a capture of somebody else's every use
+refreshes. Once a slot, or an optimizer's step, took part in a capture, replays may change scores at any time unnoticed:
+from then on every use outside refreshes.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .backends.base import Backend
+from .capturing import FOREIGN, capture_number
 from .dispatch import forced_backend
 from .masks import MaskKind
 
@@ -45,9 +51,14 @@ def clear_all_slots() -> None:
     _generation += 1
 
 
+@torch._disable_dynamo  # traced, the generation would be a constant of the graph: one graph per step
 def _after_any_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not getattr(optimizer, "writes_effective_weights", False):
         clear_all_slots()
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    if first is not None and capture_number(first):
+        for slot in list(_slots.values()):
+            slot.note_capture()
 
 
 def _register_hook_once() -> None:
@@ -60,14 +71,15 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
-    __slots__ = ("__weakref__", "_kept", "_key", "_made_for", "number", "penalty", "w_eff")
+    __slots__ = ("__weakref__", "_kept", "_key", "_made_for", "_was_captured", "number", "penalty", "w_eff")
 
     def __init__(self) -> None:
         _register_hook_once()
         self.w_eff: Tensor | None = None
         self.penalty: Tensor | None = None
         self._key: tuple[Any, ...] | None = None
-        self._made_for: tuple[Any, ...] | None = None  # the weight's metadata that the buffers fit
+        self._made_for: tuple[Any, ...] | None = None  # the weight's metadata and the capture that the buffers fit
+        self._was_captured = False  # replays may change scores behind the key: outside of captures nothing is fresh
         self._kept: tuple[Tensor, Tensor] | None = None  # the key's tensors, so that no other can get their addresses
         self.number = next(_numbers)  # names the slot inside a compiled graph
         _slots[self.number] = self
@@ -83,11 +95,16 @@ class Slot:
         """Make this slot stale and give its memory back."""
         self.w_eff = self.penalty = self._key = self._kept = self._made_for = None
 
+    def note_capture(self) -> None:
+        """Say that a graph was captured whose replays may change scores or beta: see the module."""
+        self._was_captured = True
+        self.clear()
+
     @staticmethod
     def _key_of(weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> tuple[Any, ...]:
         return (
-            _generation, forced_backend(), weight.data_ptr(), weight._version, scores.data_ptr(), scores._version,
-            beta.data_ptr(), beta._version, kind, dtype, weight.stride(),
+            _generation, capture_number(weight), forced_backend(), weight.data_ptr(), weight._version,
+            scores.data_ptr(), scores._version, beta.data_ptr(), beta._version, kind, dtype, weight.stride(),
         )  # fmt: skip
 
     def is_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> bool:
@@ -116,10 +133,12 @@ class Slot:
         return self.buffers(weight, dtype)
 
     def buffers(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The buffers to write: those kept, or new ones where they do not fit or a pending backward pass holds them."""
-        made_for = (weight.shape, weight.stride(), weight.device, dtype)
+        """The buffers to write: those kept, or new ones where they do not fit, belong to another capture (or none), or
+        a pending backward pass holds them."""
+        capture = capture_number(weight)
+        made_for = (weight.shape, weight.stride(), weight.device, dtype, capture)
         is_held = self.w_eff is not None and self.w_eff._use_count() > 1  # pyright: ignore  # by a pending backward pass
-        if self._made_for != made_for or is_held:
+        if self._made_for != made_for or is_held or capture == FOREIGN:
             self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)
             self.penalty = torch.empty((), dtype=penalty_dtype(weight), device=weight.device)
             self._made_for = made_for
@@ -128,8 +147,14 @@ class Slot:
 
     def mark_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> None:
         """Say that the buffers were just written from these (by a multi-tensor kernel or an optimizer)."""
-        self._key = self._key_of(weight, scores, beta, kind, dtype)
-        self._kept = weight, scores
+        key = self._key_of(weight, scores, beta, kind, dtype)
+        capture = key[1]
+        if capture:
+            self._was_captured = True
+        if capture == FOREIGN or (self._was_captured and not capture):
+            self.clear()  # right for the use that comes now, and for no other
+            return
+        self._key, self._kept = key, (weight, scores)
 
     def is_exact(
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend

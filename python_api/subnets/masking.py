@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subnet_kernels.backends.base import Backend, keeps_w_eff
+from subnet_kernels.capturing import capture_number, needs_capturable
 from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
@@ -177,10 +178,15 @@ class MaskSet:
             self._state.beta.fill_(value)
         self.invalidate()
 
-    def anneal(self, start: float = 1.0, to: float = 200.0, *, steps: int, every: int = 1) -> None:
+    def anneal(
+        self, start: float = 1.0, to: float = 200.0, *, steps: int, every: int = 1, on_device: bool = False
+    ) -> None:
         """beta = start * (to/start)^(t/steps) after t optimizer steps, changed every ``every`` steps; ``to`` from step
         ``steps`` on. Sets beta to ``start`` now. An optimizer from :meth:`adamw` advances it; with another call
         :meth:`step` after ``optimizer.step()``.
+
+        ``on_device`` counts the steps in a tensor beside beta, so that :meth:`step` is tensor operations alone and goes
+        into a captured CUDA graph. The values are the same, to fp32 rounding.
 
         Raises:
             ValueError: start or to not finite and > 0, steps or every < 1.
@@ -190,7 +196,10 @@ class MaskSet:
                 raise ValueError(f"MaskSet.anneal: {name} must be finite and > 0, got {value}")
         if steps < 1 or every < 1:
             raise ValueError(f"MaskSet.anneal: steps and every must be >= 1, got {steps} and {every}")
-        self._state.schedule = Schedule(float(start), float(to), int(steps), int(every))
+        schedule = Schedule(float(start), float(to), int(steps), int(every))
+        if on_device:
+            schedule.to_device(self._state.beta.device)
+        self._state.schedule = schedule
         self._write_beta(start)
 
     def step(self) -> None:
@@ -198,10 +207,21 @@ class MaskSet:
         schedule = self._state.schedule
         if schedule is None:
             return
+        if schedule.is_on_device:
+            self._step_on_device(schedule)
+            return
         before = schedule.beta()
         schedule.count += 1
         if (now := schedule.beta()) != before:
             self._write_beta(now)
+
+    @torch.no_grad()
+    def _step_on_device(self, schedule: Schedule) -> None:
+        schedule.count += 1
+        beta = self._state.beta.copy_(schedule.beta())
+        is_captured = capture_number(beta) != 0
+        for layer in self.layers.values():
+            layer._slot.note_capture() if is_captured else layer._slot.clear()
 
     @property
     def is_hard(self) -> bool:
@@ -243,12 +263,14 @@ class MaskSet:
 
     def adamw(
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, lam: float = 0.0, in_backward: bool = False,
+        weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False, capturable: bool = False,
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
         trained = [scores for scores in self.scores().values() if scores.requires_grad]
-        optimizer = MaskAdamW(trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward)
+        optimizer = MaskAdamW(
+            trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, capturable=capturable
+        )
         optimizer.register_step_post_hook(lambda *_: self.step())
         return optimizer
 
@@ -387,10 +409,17 @@ class MaskSet:
             pairs = [la._slot.buffers(w, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
             for layer in layers:
                 layer._slot.clear()
-            weights, scores = [list(t) for t in zip(*triples, strict=True)]
-            _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
-            for layer, (w, s), (_, penalty), value in zip(layers, triples, pairs, penalties, strict=True):
-                penalty.copy_(value)
+            if needs_capturable(beta):  # one call for all reads a table of addresses, copied from the host
+                for (w, s), pair in zip(triples, pairs, strict=True):
+                    choose_for("effective_weight", w, s, kind.name, dtype).effective_weight(
+                        w, s, beta, kind, dtype, pair
+                    )
+            else:
+                weights, scores = [list(t) for t in zip(*triples, strict=True)]
+                _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
+                for (_, penalty), value in zip(pairs, penalties, strict=True):
+                    penalty.copy_(value)
+            for layer, (w, s) in zip(layers, triples, strict=True):
                 layer._slot.mark_fresh(w, s, beta, kind, dtype)
 
     def invalidate(self) -> None:
@@ -465,7 +494,7 @@ class MaskSet:
         return {
             "beta": self.beta,
             "is_hard": self.is_hard,
-            "schedule": None if schedule is None else dict(vars(schedule)),
+            "schedule": None if schedule is None else schedule.values(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -477,8 +506,12 @@ class MaskSet:
         if missing := {"beta", "is_hard", "schedule"} - set(state):
             raise ValueError(f"MaskSet.load_state_dict: misses {sorted(missing)}")
         beta = check_beta_value("MaskSet.load_state_dict", float(state["beta"]))
-        schedule = None if state["schedule"] is None else _read_schedule(state["schedule"])
-        self._state.schedule, self._state.is_hard = schedule, bool(state["is_hard"])
+        schedule = None if state["schedule"] is None else _read_schedule(state["schedule"], self._state.beta.device)
+        self._state.is_hard = bool(state["is_hard"])
+        now = self._state.schedule
+        if schedule is not None and now is not None and schedule.is_on_device and now.is_on_device:
+            schedule.count = now.count.copy_(schedule.count)  # the tensor that a captured graph counts in
+        self._state.schedule = schedule
         self._write_beta(beta)
 
     def __repr__(self) -> str:
@@ -523,7 +556,9 @@ class PenaltyCollection:
         return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
 
 
-def _read_schedule(values: Mapping[str, Any]) -> Schedule:
+def _read_schedule(values: Mapping[str, Any], device: torch.device) -> Schedule:
+    values = dict(values)
+    on_device = bool(values.pop("on_device", False))
     try:
         schedule = Schedule(**values)
         is_good = min(schedule.start, schedule.to) > 0 and min(schedule.steps, schedule.every) >= 1
@@ -531,6 +566,8 @@ def _read_schedule(values: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"MaskSet.load_state_dict: schedule does not fit: {error}") from None
     if not is_good or schedule.count < 0:
         raise ValueError(f"MaskSet.load_state_dict: schedule needs start, to > 0 and steps, every >= 1, got {values}")
+    if on_device:
+        schedule.to_device(device)
     return schedule
 
 

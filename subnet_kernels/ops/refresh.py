@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..capturing import keep_if_captured
 from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from ..slots import Slot, slot_of
@@ -16,6 +17,8 @@ def _implementation(
     penalty: Tensor,
 ) -> None:
     owner, mask_kind = slot_of(slot), as_kind(kind, params)
+    if owner is not None:  # its buffers were made outside of a capture, and the compiled graph holds on to them
+        keep_if_captured(weight, w_eff, penalty, owner.w_eff, owner.penalty)
     if owner is not None and (weight.is_inference() or scores.is_inference() or beta.is_inference()):
         owner.clear()  # what is written here can't be told from anything else later: no version counters
         owner = None

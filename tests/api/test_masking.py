@@ -11,7 +11,9 @@ import torch
 from subnets import MaskedConv2d, MaskedLinear, mask_model, masks_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from subnet_kernels import use_backend
 from subnet_kernels.backends import native
 from subnet_kernels.backends.native import NativeBackend
 from subnet_kernels.optim import MaskAdamW
@@ -318,6 +320,46 @@ def test_mask_adamw_with_lam_equals_torch_adamw_on_the_penalised_loss_over_50_st
         assert (ours - theirs).abs().max() <= 50 * 64 * 2.0**-53 * theirs.abs().max()
 
 
+def test_a_lam_in_a_tensor_equals_the_float_may_change_in_place_and_is_not_read_on_the_host():
+    lams, results = [1e-3, 1e-3, 0.5, 0.0, 2e-2], []
+    for is_tensor in (False, True):
+        masks = mask_model(mlp(), unit="row", score_init=0.05)
+        lam = torch.tensor(0.0) if is_tensor else 0.0
+        optimizer = masks.adamw(lr=1e-2, lam=lam, capturable=True)
+        for step, value in enumerate(lams):
+            if is_tensor:
+                lam.fill_(value)
+            else:
+                optimizer.param_groups[0]["lam"] = value
+            masks.model(inputs(step)).pow(2).mean().backward()
+            with use_backend("reference"), NoReads() if is_tensor else contextlib.nullcontext():
+                optimizer.step()
+            optimizer.zero_grad()
+        results.append([scores.detach() for scores in masks.scores().values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    state = optimizer.state_dict()
+    lam.fill_(7.0)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lam"] is lam and lam.item() == 7.0  # state_dict holds the tensor itself
+    optimizer.load_state_dict(copy.deepcopy({**state, "param_groups": [{**state["param_groups"][0], "lam": 0.25}]}))
+    assert optimizer.param_groups[0]["lam"] is lam and lam.item() == 0.25
+
+
+@pytest.mark.parametrize("lam", [torch.ones(1), torch.tensor(1), torch.zeros((), device="meta")])
+def test_a_lam_in_a_tensor_of_another_form_is_refused(lam):
+    with pytest.raises(ValueError, match="a tensor lam must be 0-d, floating-point and on the scores' device"):
+        mask_model(mlp()).adamw(lam=lam)
+    with pytest.raises(ValueError, match="lam=a tensor needs masked layers' scores"):
+        MaskAdamW([nn.Parameter(torch.ones(1))], lam=torch.tensor(0.1))
+
+
+def test_capturable_reaches_torchs_adamw():
+    masks = mask_model(mlp())
+    assert [group["capturable"] for group in masks.adamw(capturable=True).param_groups] == [True]
+    assert [group["capturable"] for group in masks.adamw().param_groups] == [False]
+
+
 def test_mask_adamw_without_lam_is_torch_adamw_to_the_bit():
     results = []
     for is_ours in (True, False):
@@ -464,6 +506,62 @@ def test_anneal_advances_once_per_step_of_masks_adamw(every, expected, has_plain
     assert betas == pytest.approx(expected, rel=EPS32)
 
 
+class NoReads(TorchDispatchMode):
+    """Refuses to bring a tensor's value to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in func.name(), "a tensor's value was read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("start, to, steps, every", [(1.0, 200.0, 7, 1), (0.5, 100.0, 10, 3), (3.0, 3.0, 4, 5)])
+def test_a_schedule_on_the_device_gives_the_values_of_the_one_on_the_host_and_reads_none(start, to, steps, every):
+    betas = []
+    for on_device in (False, True):
+        model = mlp()
+        masks = mask_model(model)
+        masks.anneal(start, to, steps=steps, every=every, on_device=on_device)
+        assert masks._state.schedule.is_on_device == on_device
+        betas.append([masks.beta])
+        for _ in range(steps + 3):
+            model(inputs())  # fills the slots, which must notice
+            with NoReads():
+                masks.step()
+            masks.check_fresh()
+            betas[-1].append(masks.beta)
+    assert betas[0][0] == start and betas[0][steps:] == [to] * 4
+    assert betas[1] == pytest.approx(betas[0], rel=EPS32)
+    if start != to:
+        assert len(set(betas[0])) == len(set(betas[1])) == steps // every + 1 + (steps % every > 0)
+
+
+def test_a_schedule_on_the_device_follows_copies_files_state_dicts_and_devices():
+    model = mlp()
+    masks = mask_model(model, init=random_scores)
+    masks.anneal(to=16, steps=4, on_device=True)
+    masks.step()
+    state = masks.state_dict()
+    assert state["schedule"] == {
+        "start": 1.0, "to": 16.0, "steps": 4, "every": 1, "count": 1, "on_device": True
+    } and type(state["schedule"]["count"]) is int  # fmt: skip
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = mlp()
+    mask_model(loaded).load_state_dict(state)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), loaded):
+        again = masks_of(twin)
+        again.step()
+        assert (again.beta, masks.beta) == (4.0, 2.0) and again._state.schedule.is_on_device
+    count = masks._state.schedule.count
+    masks.step()
+    masks.load_state_dict(state)
+    assert masks._state.schedule.count is count and count.item() == 1  # in place, for a captured graph
+    old = {**state, "schedule": {k: v for k, v in state["schedule"].items() if k != "on_device"}}
+    masks.load_state_dict(old)
+    assert masks._state.schedule.count == 1 and not masks._state.schedule.is_on_device
+
+
 def test_with_another_optimizer_the_schedule_advances_by_masks_step():
     masks = mask_model(mlp())
     masks.anneal(to=4, steps=2)
@@ -550,15 +648,18 @@ def test_without_kept_effective_weights_nothing_of_a_weights_size_is_saved_and_t
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def test_a_masked_mlp_compiles_in_one_graph_and_an_annealed_beta_compiles_nothing_again():
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_masked_mlp_compiles_in_one_graph_and_100_values_of_beta_compile_nothing_again(on_device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = mlp()
     masks = mask_model(model, init=random_scores)
-    masks.anneal(to=200, steps=8)
-    optimizer = masks.adamw(lr=1e-2, lam=1e-4)
+    masks.anneal(to=200, steps=100, on_device=on_device)
+    optimizer = masks.adamw(lr=1e-2, lam=torch.tensor(1e-4) if on_device else 1e-4, capturable=on_device)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for step in range(8):
+    betas = set()
+    for step in range(100):
+        betas.add(masks.beta)
         expected = torch.autograd.grad(model(inputs(step)).pow(2).mean(), list(masks.scores().values()))
         loss = compiled(inputs(step)).pow(2).mean()
         loss.backward()
@@ -566,8 +667,34 @@ def test_a_masked_mlp_compiles_in_one_graph_and_an_annealed_beta_compiles_nothin
             assert (scores.grad - grad).abs().max() <= 8 * EPS32 * grad.abs().max()
         optimizer.step()
         optimizer.zero_grad()
-    assert masks.beta == 200.0
+    assert masks.beta == 200.0 and len(betas) == 100
     assert counter.frame_count == 1
+
+
+def test_a_whole_compiled_step_with_the_schedule_on_the_device_compiles_nothing_again_after_its_first_run():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    results, counts = [], []
+    for is_compiled in (False, True):
+        model = mlp()
+        masks = mask_model(model, init=random_scores)
+        masks.anneal(to=200, steps=30, on_device=True)
+        optimizer = masks.adamw(lr=1e-2, lam=torch.tensor(1e-4), capturable=True)
+
+        def step(x, model=model, optimizer=optimizer):
+            model(x).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = torch.compile(step, backend=counter) if is_compiled else step
+        for number in range(30):
+            run(inputs(number))
+            counts.append(counter.frame_count)
+        assert masks.beta == 200.0
+        results.append([scores.detach() for scores in masks.scores().values()])
+    assert len(set(counts[30:])) == 1 and counts[-1] > 0
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_model_inside_collect_penalty_gives_the_same_penalty_and_gradients_in_one_graph():

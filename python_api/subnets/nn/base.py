@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,17 +29,38 @@ Unit = str | tuple[int, ...]
 @dataclass
 class Schedule:
     """beta after ``count`` optimizer steps: start * (to/start)^(count/steps), changed every ``every`` steps, ``to`` at
-    the end."""
+    the end. ``count`` is an int, or an int64 0-d tensor: then everything is computed where it lies, in fp64."""
 
     start: float
     to: float
     steps: int
     every: int = 1
-    count: int = 0
+    count: int | Tensor = 0
 
-    def beta(self) -> float:
-        done = min(self.count // self.every * self.every, self.steps) if self.count < self.steps else self.steps
+    @property
+    def is_on_device(self) -> bool:
+        return isinstance(self.count, Tensor)
+
+    def beta(self) -> Any:
+        """beta now: a float, or a 0-d fp64 tensor beside count."""
+        done: Any = self.count // self.every * self.every
+        if isinstance(done, Tensor):
+            done = done.masked_fill(self.count >= self.steps, self.steps).double()
+        elif self.count >= self.steps:
+            done = self.steps
         return self.start * (self.to / self.start) ** (done / self.steps)
+
+    def values(self) -> dict[str, Any]:
+        """The fields as plain values, and whether count is on the device."""
+        return {**vars(self), "count": int(self.count), "on_device": self.is_on_device}
+
+    def copy(self) -> Schedule:
+        """The same, with a count of its own."""
+        return replace(self, count=self.count.clone() if isinstance(self.count, Tensor) else self.count)
+
+    def to_device(self, device: torch.device) -> None:
+        """Count in a tensor there from now on."""
+        self.count = torch.as_tensor(self.count, dtype=torch.int64).to(device)
 
 
 @dataclass
@@ -56,7 +77,7 @@ class MaskState:
     pending: PendingScoreGradients = field(default_factory=PendingScoreGradients)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
-        schedule = None if self.schedule is None else Schedule(**vars(self.schedule))
+        schedule = None if self.schedule is None else self.schedule.copy()
         # not disabled: the copy is in no block that would end it
         copy = MaskState(self.beta.detach().clone(), self.is_hard, False, schedule, None, dict(self.requires_grad))
         memo[id(self)] = copy
@@ -234,6 +255,8 @@ class MaskedLayer(nn.Module):
             beta = self._state.beta
             if beta.device != moved.device and not moved.is_meta:
                 beta.data = beta.data.to(moved.device)
+                if self._state.schedule is not None and self._state.schedule.is_on_device:
+                    self._state.schedule.to_device(moved.device)
         self._slot.release()
         self._bind_scores()
         return self
