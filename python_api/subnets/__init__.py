@@ -10,6 +10,7 @@ or :func:`discover`, which is this loop with evaluation, checkpoints and history
 """
 
 from . import metrics, objectives
+from .capture import CapturedStep
 from .discovery import Discovery, DiscoveryConfig, discover
 from .evaluation import evaluate_subnet
 from .masking import MaskSet, mask_model, masks_of
@@ -18,6 +19,7 @@ from .subnet import Subnet
 from .transfer import release, transfer
 
 __all__ = [
+    "CapturedStep",
     "Discovery",
     "DiscoveryConfig",
     "MaskSet",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from subnets import Discovery, DiscoveryConfig, Subnet, discover, mask_model, objectives
+from subnets import Discovery, DiscoveryConfig, MaskSet, Subnet, discover, mask_model, objectives
+from subnets.capture import put_back
 from torch import Tensor, nn
 
 from subnet_kernels.optim import MaskAdamW
@@ -434,6 +436,7 @@ REFUSED_CALLS = [
     (dict(evaluate=lambda m: float("nan")), ValueError, "evaluate returned nan after epoch 0"),
     (dict(callbacks=[3]), TypeError, "callbacks must be functions"),
     (dict(model=nn.Sequential(nn.ReLU())), ValueError, "match nothing"),
+    (dict(config=DiscoveryConfig(cuda_graph=True)), ValueError, "needs the model on a CUDA device, it is on cpu"),
 ]
 
 
@@ -453,10 +456,93 @@ def test_a_bad_argument_is_refused_in_words_and_the_model_stays(arguments, error
     (dict(beta_end=0.5), ValueError), (dict(reduction="max"), ValueError), (dict(beta_schedule="linear"), ValueError),
     (dict(anneal="never"), ValueError), (dict(kind="hard"), ValueError), (dict(kind="soft"), ValueError),
     (dict(score_init=float("inf")), ValueError), (dict(seed="0"), TypeError), (dict(checkpoint=3), TypeError),
+    (dict(cuda_graph=1), TypeError),
 ])  # fmt: skip
 def test_a_bad_setting_is_refused_where_it_is_written_down(setting, error):
     with pytest.raises(error):
         DiscoveryConfig(**setting)
+
+
+# --- the step as a CUDA graph, replayed by hand (tests/kernels/test_gpu.py has real graphs) ---------------------------
+
+
+class CapturedByHand:
+    """What CapturedStep does, with runs of step in place of replays."""
+
+    def __init__(self, masks: MaskSet, step, optimizer) -> None:
+        assert all(group["capturable"] for group in optimizer.param_groups)
+        self.step, self.num_replays = step, 0
+        CapturedByHand.last = self
+        with torch.random.fork_rng(), put_back(masks, optimizer):
+            for _ in range(3):
+                step()
+        self.result = torch.zeros(())
+
+    def __call__(self) -> Tensor:
+        self.num_replays += 1
+        return self.result.copy_(self.step())
+
+
+@pytest.fixture
+def graphs_by_hand(monkeypatch):
+    monkeypatch.setattr("subnets.discovery.replay.CapturedStep", CapturedByHand)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    monkeypatch.setattr("subnet_kernels.capturing.is_capturing", lambda tensor: False)
+
+
+def taking_apart(model: nn.Module, batch: dict) -> Tensor:
+    """An objective with random numbers, which changes the containers that it is given."""
+    x, y = batch.pop("pair")
+    return F.cross_entropy(model(x + 0.1 * torch.randn(x.shape[0], 1)), y) * batch["scale"]
+
+
+@pytest.mark.parametrize("anneal", ["epoch", "step"])
+def test_replayed_steps_and_those_of_odd_batches_give_the_numbers_of_ordinary_ones(graphs_by_hand, anneal, tmp_path):
+    batches = [{"pair": pair, "scale": 1.0} for pair in data(6)]
+    batches[2] = {"pair": tuple(part[:7] for part in batches[2]["pair"]), "scale": 1.0}  # another size
+    batches[4] = {**batches[4], "scale": 2.0}  # another plain value
+    settings = {**SETTINGS, "epochs": 3, "anneal": anneal}
+
+    def fresh(epoch: int):
+        return [dict(batch) for batch in batches]
+
+    plain = discover(
+        network(), fresh, taking_apart, DiscoveryConfig(**{**settings, "steps_per_epoch": 6}), evaluate=accuracy
+    )
+    config = DiscoveryConfig(**{**settings, "steps_per_epoch": 6, "cuda_graph": True, "checkpoint": tmp_path / "c"})
+    replayed = discover(network(), fresh, taking_apart, config, evaluate=accuracy)
+    assert_same_discovery(plain, replayed)
+    assert CapturedByHand.last.num_replays == 3 * 4
+
+
+def test_a_discovery_with_replays_goes_on_from_the_checkpoint_of_one_without(graphs_by_hand, tmp_path):
+    settings = dict(SETTINGS, epochs=4, steps_per_epoch=5)
+
+    def batches(epoch: int):
+        return [{"pair": pair, "scale": 1.0} for pair in data()]
+
+    unbroken = discover(network(), batches, taking_apart, DiscoveryConfig(**settings), evaluate=accuracy)
+    rows = []
+
+    def stop_after_two(row, masks):
+        rows.append(row)
+        return fail() if len(rows) == 3 else None
+
+    for cuda_graph, callbacks in ((False, [stop_after_two]), (True, [])):
+        config = DiscoveryConfig(**settings, checkpoint=tmp_path / "c", cuda_graph=cuda_graph)
+        with pytest.raises(Stop) if callbacks else contextlib.nullcontext():
+            found = discover(network(), batches, taking_apart, config, evaluate=accuracy, callbacks=callbacks)
+    assert_same_discovery(unbroken, found)
+    assert CapturedByHand.last.num_replays == 2 * 5
+
+
+def test_a_batch_that_cannot_be_copied_is_refused(graphs_by_hand):
+    class Batch:
+        x = data(1)[0][0]
+
+    config = DiscoveryConfig(epochs=1, cuda_graph=True)
+    with pytest.raises(TypeError, match=r"got a batch with Batch; convert it"):
+        discover(network(), [Batch()], lambda model, batch: model(batch.x).sum(), config)
 
 
 # --- objectives ------------------------------------------------------------------------------------------------------

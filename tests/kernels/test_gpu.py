@@ -1,4 +1,4 @@
-"""What needs a GPU: the CUDA kernels, and layers, masks and anchors that follow their model there."""
+"""What needs a GPU: the CUDA kernels, layers, masks and anchors that follow their model there, and captured steps."""
 
 from __future__ import annotations
 
@@ -72,3 +72,188 @@ def test_scores_beta_and_planted_weights_follow_the_model_and_hold_there():
         optimizer.step()
     kept = subnet.masks["0.weight"].cuda()
     assert torch.equal(fresh[0].weight[kept], model[0].weight[kept])
+
+
+# --- steps captured as CUDA graphs -----------------------------------------------------------------------------------
+
+BACKENDS = ["triton", "reference"]
+
+
+class Training:
+    """A masked network whose step is forward, backward, MaskAdamW and schedule, in one of several forms; eager unless
+    ``run`` is replaced."""
+
+    def __init__(self, form: str = "plain") -> None:
+        from subnets import mask_model
+
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4)).cuda()
+        self.masks = mask_model(self.model)
+        self.lam = torch.tensor(1e-3, device="cuda")
+        self.optimizer = self.masks.adamw(lr=0.02, lam=self.lam, capturable=True)
+        self.masks.anneal(to=100, steps=15, every=2, on_device=True)
+        self.x = torch.zeros(8, 16, device="cuda")
+        self.form, self.forward = form, self.model
+        if form == "compiled":
+            self.model(self.x)  # buffers for the graph
+            self.forward = torch.compile(self.model, backend="aot_eager")
+        self.run = self.step
+
+    def step(self) -> torch.Tensor:
+        if self.form == "micro-batches":
+            self.masks.refresh()
+            halves = [self.forward(half).square().mean() / 2 for half in self.x.chunk(2)]
+            for half in halves:
+                half.backward()
+            loss = halves[0] + halves[1]
+        elif self.form == "collected":
+            with self.masks.collect_penalty() as penalty:
+                loss = self.forward(self.x).square().mean()
+            (loss + 1e-3 * penalty()).backward()
+        else:
+            loss = self.forward(self.x).square().mean()
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def train(self, num_steps: int = 20) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        generator = torch.Generator("cuda").manual_seed(2)
+        losses = []
+        for number in range(num_steps):
+            self.x.copy_(torch.randn(8, 16, device="cuda", generator=generator))
+            self.lam.fill_(1e-3 * (1 + number))
+            losses.append(self.run().detach().clone())
+        return losses
+
+    def expected(self) -> torch.Tensor:
+        """The network's output (without dropout) by the one line of PyTorch."""
+        x = self.x
+        for layer in (self.model[0], self.model[3]):
+            w_eff = layer.weight * torch.sigmoid(layer.beta * layer.scores)
+            x = nn.functional.linear(x if layer is self.model[0] else x.relu(), w_eff, layer.bias)
+        return x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["plain", "micro-batches", "collected", "compiled"])
+def test_a_captured_step_replayed_20_times_gives_the_numbers_of_the_eager_one(form, backend):
+    from subnets import CapturedStep
+
+    with sk.use_backend(backend):
+        eager, captured = Training(form), Training(form)
+        captured.run = CapturedStep(captured.masks, captured.step, captured.optimizer)
+        assert captured.masks.beta == 1.0 and (captured.model[0].scores == torch.tensor(-0.1)).all()
+        losses = [torch.stack(training.train()) for training in (eager, captured)]
+        assert torch.allclose(*losses, rtol=1e-4, atol=1e-6)
+        assert captured.masks.beta == eager.masks.beta == 100
+        for replayed, wanted in zip(captured.masks.scores().values(), eager.masks.scores().values(), strict=True):
+            assert (wanted + 0.1).abs().max() > 0.1  # it did train
+            assert torch.allclose(replayed, wanted, rtol=0, atol=1e-4)
+        for _ in range(2):  # an eager pass sees the scores of the last replay, whenever it comes
+            captured.model.eval()
+            assert torch.allclose(captured.model(captured.x), captured.expected(), rtol=1e-4, atol=1e-5)
+            captured.masks.check_fresh()
+            captured.model.train()
+            captured.run()
+        states = [captured.optimizer.state[s]["step"].item() for s in captured.masks.scores().values()]
+        assert states == [22.0, 22.0]
+
+
+def test_eager_steps_between_replays_continue_the_same_training():
+    from subnets import CapturedStep
+
+    eager, mixed = Training(), Training()
+    replay = CapturedStep(mixed.masks, mixed.step, mixed.optimizer)
+    turns = iter([replay, mixed.step, mixed.step, replay] * 5)
+    mixed.run = lambda: next(turns)()
+    losses = [torch.stack(training.train()) for training in (eager, mixed)]
+    assert torch.allclose(*losses, rtol=1e-4, atol=1e-6)
+    for replayed, wanted in zip(mixed.masks.scores().values(), eager.masks.scores().values(), strict=True):
+        assert torch.allclose(replayed, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_step_that_waits_for_the_device_is_refused_in_words_and_the_training_goes_on_eagerly():
+    from subnets import CapturedStep
+
+    training = Training()
+    with pytest.raises(RuntimeError, match="it must not wait for the device"):
+        CapturedStep(training.masks, lambda: training.step() * training.x.sum().item(), training.optimizer)
+    twin = Training()
+    assert torch.allclose(torch.stack(training.train(5)), torch.stack(twin.train(5)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_of_ones_own_refreshes_at_each_use_and_ends_trust_outside():
+    training = Training()
+    model, masks = training.model.eval(), training.masks
+    training.x.normal_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(training.x).square().mean().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    training.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(training.x)
+        out.square().mean().backward()
+    for _ in range(4):
+        graph.replay()
+        assert torch.allclose(out, training.expected(), rtol=1e-4, atol=1e-5)
+        expected = torch.autograd.grad(training.expected().square().mean(), list(masks.scores().values()))
+        for scores, grad in zip(masks.scores().values(), expected, strict=True):
+            assert torch.allclose(scores.grad, grad, rtol=1e-3, atol=1e-6)
+        training.optimizer.step()
+        assert torch.allclose(model(training.x), training.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("anneal", ["epoch", "step"])
+def test_discover_with_a_cuda_graph_finds_what_it_finds_without(anneal, tmp_path):
+    from subnets import DiscoveryConfig, discover
+
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(70, 16, generator=generator), torch.randint(4, (70,), generator=generator)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 70, 16)]  # the last one is smaller
+
+    def objective(model, batch):
+        noisy = batch[0].cuda() * (1 + 0.1 * torch.randn(16, device="cuda"))
+        return nn.functional.cross_entropy(model(noisy), batch[1].cuda())
+
+    found = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).cuda()
+        config = DiscoveryConfig(
+            epochs=4, lr=0.05, lam=1e-3, anneal=anneal, cuda_graph=cuda_graph, checkpoint=tmp_path / str(cuda_graph)
+        )
+        found.append(discover(model, batches, objective, config, evaluate=lambda m: m(x.cuda()).sum().item()))
+    for plain, replayed in zip(found[0].history, found[1].history, strict=True):
+        assert replayed == pytest.approx(plain, rel=1e-3)
+    same = [(found[0].subnet.masks[name] == mask).float().mean() for name, mask in found[1].subnet.masks.items()]
+    assert min(same) > 0.99
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_captured_schedule_and_a_lam_on_the_device_advance_with_every_replay(backend):
+    from subnets import mask_model
+
+    masks = mask_model(nn.Linear(8, 8).cuda())
+    scores = masks.scores()["scores"]
+    masks.anneal(start=2.0, to=32.0, steps=4, on_device=True)
+    lam = torch.tensor(0.5, device="cuda")
+    optimizer = masks.adamw(lr=0.0, weight_decay=0.0, lam=lam, capturable=True)
+    optimizer.step()
+    masks.anneal(start=2.0, to=32.0, steps=4, on_device=True)
+    scores.grad = torch.zeros_like(scores)
+    graph = torch.cuda.CUDAGraph()
+    with sk.use_backend(backend), torch.cuda.graph(graph):
+        scores.grad.zero_()
+        optimizer.step()
+    for beta in (2.0, 4.0, 8.0, 16.0, 32.0, 32.0):
+        assert masks.beta == beta
+        graph.replay()
+        m = torch.sigmoid(torch.tensor(beta * -0.1)).item()
+        assert torch.allclose(scores.grad, torch.full_like(scores, lam.item() * beta * m * (1 - m)), rtol=1e-4)
+        lam *= 0.5

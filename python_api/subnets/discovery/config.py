@@ -39,6 +39,11 @@ class DiscoveryConfig:
         targets, exclude, unit, kind: what to mask and how, as in :func:`subnets.mask_model`.
         seed: of every random number used by batches, objective and evaluate (torch, numpy, random).
         checkpoint: a file that is written after every epoch and from which a run that was killed goes on. None: none.
+        cuda_graph: capture the step at the first batch as a CUDA graph (:class:`subnets.CapturedStep`) and replay it
+            for all batches of the same structure and shapes; others, such as a smaller last one, run as usual. The
+            objective then runs four times more on the first batch, sees batches on the model's device, must not wait
+            for the device and draws random numbers from its default generator alone. Batches are tensors and plain
+            values in tuples, lists and dicts.
 
     Raises:
         ValueError, TypeError: a value that is out of range or contradicts another.
@@ -63,6 +68,7 @@ class DiscoveryConfig:
     kind: str | MaskKind = "sigmoid"
     seed: int = 0
     checkpoint: str | os.PathLike[str] | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps_per_epoch"):
@@ -90,6 +96,8 @@ class DiscoveryConfig:
             raise ValueError(f"DiscoveryConfig: kind {name!r} gives scores no gradient; use 'sigmoid'")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, os.PathLike)):
             raise TypeError(f"DiscoveryConfig: checkpoint must be a path or None, got {self.checkpoint!r}")
+        if not isinstance(self.cuda_graph, bool):
+            raise TypeError(f"DiscoveryConfig: cuda_graph must be True or False, got {self.cuda_graph!r}")
 
     def _check_count(self, name: str, may_be_none: bool) -> None:
         value = getattr(self, name)
@@ -116,8 +124,9 @@ class DiscoveryConfig:
         return self.beta_start * (self.beta_end / self.beta_start) ** fraction
 
     def record(self) -> dict[str, Any]:
-        """Every setting but the checkpoint's place, as json values: what a checkpoint and a subnet remember."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "checkpoint"}
+        """Every setting that decides what is found, as json values: what a checkpoint and a subnet remember."""
+        names = [field.name for field in fields(self) if field.name not in ("checkpoint", "cuda_graph")]
+        values = {name: _plain(getattr(self, name)) for name in names}
         kind = as_kind(self.kind)
         values["kind"] = kind.name if not kind.params() else [kind.name, *kind.params()]
         return values

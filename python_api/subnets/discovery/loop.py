@@ -24,6 +24,7 @@ from .checkpoint import Progress
 from .config import DiscoveryConfig
 from .data import Batches, EpochData
 from .random_state import seeded
+from .replay import ReplayedStep
 
 Objective = Callable[[nn.Module, Any], Tensor]
 Evaluate = Callable[[nn.Module], float]
@@ -128,6 +129,12 @@ def _check_arguments(
     for callback in callbacks:
         if not callable(callback):
             raise TypeError(f"discover: callbacks must be functions (row, masks), got {type(callback).__name__}")
+    elsewhere = {str(p.device) for p in model.parameters() if not p.is_cuda} if config.cuda_graph else set()
+    if elsewhere:
+        raise ValueError(
+            f"discover: cuda_graph=True needs the model on a CUDA device, it is on {', '.join(sorted(elsewhere))}; "
+            "move it there, or leave cuda_graph False"
+        )
     if config.checkpoint is not None and Path(config.checkpoint).is_dir():
         raise ValueError(f"discover: checkpoint must be a file's path, {config.checkpoint} is a folder")
     if config.checkpoint is not None:
@@ -169,7 +176,10 @@ class _Run:
         self.evaluate, self.callbacks = evaluate, callbacks
         num_masked = sum(layer.weight.numel() for layer in masks.layers.values())
         lam = config.lam if config.reduction == "sum" else config.lam / max(num_masked, 1)
-        self.optimizer = masks.adamw(config.lr, weight_decay=config.weight_decay, lam=lam)
+        self.optimizer = masks.adamw(
+            config.lr, weight_decay=config.weight_decay, lam=lam, capturable=config.cuda_graph
+        )
+        self.step = ReplayedStep(self._step, masks, self.optimizer) if config.cuda_graph else self._step
         self.path = None if config.checkpoint is None else Path(config.checkpoint)
         self.progress = Progress()
         self.identity: dict[str, Any] = {}
@@ -197,7 +207,7 @@ class _Run:
             checkpoint.save(self.path, self.identity, self.masks, self.optimizer, self.progress)
 
     def _train(self, epoch: int, bar: Bar) -> list[Tensor]:
-        config, masks, optimizer = self.config, self.masks, self.optimizer
+        config, masks = self.config, self.masks
         masks.model.eval()  # evaluate and callbacks may have left another mode
         beta = masks.beta = config.beta(epoch, config.epochs)
         losses: list[Tensor] = []
@@ -206,14 +216,18 @@ class _Run:
                 assert self.data.num_steps is not None
                 num_steps = self.data.num_steps
                 beta = masks.beta = config.beta(epoch * num_steps + index, config.epochs * num_steps)
-            loss = self.objective(masks.model, batch)
-            _check_loss(loss)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
+            losses.append(self.step(batch))
             bar.step(losses[-1], beta, masks)
         return losses
+
+    def _step(self, batch: Any) -> Tensor:
+        """The loss; all that it does on the device can be captured. beta is written before, by the loop."""
+        loss = self.objective(self.masks.model, batch)
+        _check_loss(loss)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
     def _check_finite(self, epoch: int, loss: float) -> None:
         bad = [name for name, scores in self.masks.scores().items() if not bool(torch.isfinite(scores).all())]
