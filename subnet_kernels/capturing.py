@@ -32,10 +32,16 @@ def capture_number(tensor: Tensor) -> int:
     return (_scope or FOREIGN) if is_capturing(tensor) else 0
 
 
-def needs_capturable(tensor: Tensor) -> bool:
-    """Whether work on this tensor must be such that a graph can hold it (no copy from the host): it is captured, or
-    rehearsed inside a capture_scope."""
-    return _scope != 0 or is_capturing(tensor)
+def memory_number(tensor: Tensor) -> int:
+    """The graph to which memory made now for work on this tensor is to belong: as capture_number, but the warm-up of a
+    capture_scope counts too, so that the capture finds the addresses that the warm-up used."""
+    return capture_number(tensor) or _scope
+
+
+def keep_in_scope(*tensors: Tensor) -> None:
+    """Keep tensors that a warm-up or capture made as long as its graph lives."""
+    if _scope:
+        _kept_in_scope.extend(tensors)
 
 
 def keep_if_captured(used: Tensor, *others: Tensor | None) -> None:

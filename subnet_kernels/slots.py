@@ -8,10 +8,10 @@ The key holds memory addresses and version counters. Both can be fooled (a write
 copy starts at version 0), therefore every optimizer step clears all slots unless the optimizer wrote them itself, a
 copied or unpickled slot is empty, layers clear theirs where tensors are replaced, and :meth:`Slot.is_exact` recomputes.
 
-CUDA graphs: a capture never trusts what was made outside of it, nor its memory, and uses its own. Inside one
-:func:`~subnet_kernels.capturing.capture_scope` a slot is trusted as usual; in a capture of somebody else's every use
-refreshes. Once a slot, or an optimizer's step, took part in a capture, replays may change scores at any time unnoticed:
-from then on every use outside refreshes.
+CUDA graphs: a capture never trusts what was made outside of it and uses memory of its own, or of its warm-up. Inside
+one :func:`~subnet_kernels.capturing.capture_scope` a slot is trusted as usual; in a capture of somebody else's every
+use refreshes. Once a slot, or an optimizer's step, took part in a capture, replays may change scores at any time
+unnoticed: from then on every use outside refreshes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .backends.base import Backend
-from .capturing import FOREIGN, capture_number
+from .capturing import FOREIGN, capture_number, keep_in_scope, memory_number
 from .dispatch import forced_backend
 from .masks import MaskKind
 
@@ -135,13 +135,14 @@ class Slot:
     def buffers(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The buffers to write: those kept, or new ones where they do not fit, belong to another capture (or none), or
         a pending backward pass holds them."""
-        capture = capture_number(weight)
+        capture = memory_number(weight)
         made_for = (weight.shape, weight.stride(), weight.device, dtype, capture)
         is_held = self.w_eff is not None and self.w_eff._use_count() > 1  # pyright: ignore  # by a pending backward pass
         if self._made_for != made_for or is_held or capture == FOREIGN:
             self.w_eff = torch.empty_like(weight, dtype=dtype, requires_grad=False)
             self.penalty = torch.empty((), dtype=penalty_dtype(weight), device=weight.device)
             self._made_for = made_for
+            keep_in_scope(self.w_eff, self.penalty)
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subnet_kernels.backends.base import Backend, keeps_w_eff
-from subnet_kernels.capturing import capture_number, needs_capturable
+from subnet_kernels.capturing import FOREIGN, capture_number
 from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
@@ -224,6 +224,11 @@ class MaskSet:
             layer._slot.note_capture() if is_captured else layer._slot.clear()
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether beta, and with it the masks, are on a CUDA device."""
+        return self._state.beta.is_cuda
+
+    @property
     def is_hard(self) -> bool:
         """Whether the masks in force are 1[s > 0]."""
         return self._state.is_hard
@@ -409,7 +414,7 @@ class MaskSet:
             pairs = [la._slot.buffers(w, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
             for layer in layers:
                 layer._slot.clear()
-            if needs_capturable(beta):  # one call for all reads a table of addresses, copied from the host
+            if capture_number(beta) == FOREIGN:  # one call for all reads a table of addresses, copied from the host
                 for (w, s), pair in zip(triples, pairs, strict=True):
                     choose_for("effective_weight", w, s, kind.name, dtype).effective_weight(
                         w, s, beta, kind, dtype, pair
@@ -417,8 +422,7 @@ class MaskSet:
             else:
                 weights, scores = [list(t) for t in zip(*triples, strict=True)]
                 _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
-                for (_, penalty), value in zip(pairs, penalties, strict=True):
-                    penalty.copy_(value)
+                torch._foreach_copy_([penalty for _, penalty in pairs], list(penalties.unbind()))
             for layer, (w, s) in zip(layers, triples, strict=True):
                 layer._slot.mark_fresh(w, s, beta, kind, dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subnet_kernels import capturing
 from subnet_kernels.capturing import capture_scope
+from subnet_kernels.ops.effective_weight import effective_weights_raw
 
 
 @pytest.fixture
@@ -138,12 +139,32 @@ def test_a_captured_optimizer_or_schedule_alone_ends_trust_outside(capture, what
     assert not case.trusts() and not case.trusts()
 
 
-def test_refresh_in_a_capture_fills_every_slot_once_for_all_uses_and_copies_nothing_from_the_host(capture, monkeypatch):
+def test_refresh_in_a_capture_fills_every_slot_once_for_all_uses_at_the_warm_ups_addresses(capture, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5))
     masks = mask_model(model)
-    monkeypatch.setattr("subnets.masking.effective_weights_raw", None)  # its table of addresses would be copied
+    addresses = []
+
+    def raw(weights, scores, beta, kind, dtype, out):
+        addresses.append([tensor.data_ptr() for tensor in (*weights, *scores, *out)])
+        return effective_weights_raw(weights, scores, beta, kind, dtype, out)
+
+    monkeypatch.setattr("subnets.masking.effective_weights_raw", raw)
     x, slots = torch.randn(3, 5), [model[0]._slot, model[2]._slot]
+    masks.refresh()
+    with capture_scope() as kept:
+        for _ in range(2):
+            masks.refresh()
+            model(x).sum().backward()
+        with capture(is_foreign=True):  # which it is not, inside the scope
+            masks.refresh()
+            made = [(slot.w_eff.data_ptr(), slot.w_eff._version, slot.penalty._version) for slot in slots]
+            for _ in range(3):
+                model(x).sum().backward()
+            assert [(slot.w_eff.data_ptr(), slot.w_eff._version, slot.penalty._version) for slot in slots] == made
+        assert all(any(tensor is slot.w_eff for tensor in kept) for slot in slots)
+    outside, *inside = addresses
+    assert inside == [inside[0]] * 3 and inside[0] != outside  # the table of the warm-up serves the capture
     with capture():
         masks.refresh()
         made = [(slot.w_eff.data_ptr(), slot.w_eff._version, slot.penalty._version) for slot in slots]
@@ -151,7 +172,8 @@ def test_refresh_in_a_capture_fills_every_slot_once_for_all_uses_and_copies_noth
             model(x).sum().backward()
         assert [(slot.w_eff.data_ptr(), slot.w_eff._version, slot.penalty._version) for slot in slots] == made
         assert slots[0].penalty.item() == pytest.approx(30 * torch.sigmoid(torch.tensor(-0.1)).item())
-    with capture_scope():  # the warm-up before it: no capture yet, and the same kernels
+    monkeypatch.setattr("subnets.masking.effective_weights_raw", None)  # its table of addresses would be copied
+    with capture(is_foreign=True):
         masks.refresh()
 
 

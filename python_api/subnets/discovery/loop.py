@@ -222,9 +222,13 @@ class _Run:
 
     def _step(self, batch: Any) -> Tensor:
         """The loss; all that it does on the device can be captured. beta is written before, by the loop."""
-        loss = self.objective(self.masks.model, batch)
+        masks = self.masks
+        if masks.is_on_gpu:
+            masks.refresh()  # one launch for all layers
+        loss = self.objective(masks.model, batch)
         _check_loss(loss)
-        loss.backward()
+        with masks.batch_score_gradients() if masks.is_on_gpu else contextlib.nullcontext():
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

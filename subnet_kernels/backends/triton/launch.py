@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ...capturing import is_capturing, keep_if_captured
 from ...masks import MaskKind
 from ..base import KIND_CODES, Backend
 from ..layout import aligned, is_dense, with_strides_of
@@ -58,14 +59,6 @@ def _table(
 @functools.lru_cache(maxsize=64)
 def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(members, device=device)
-
-
-_captured: list[Any] = []  # what captured CUDA graphs read: never freed, as nobody can say when the last replay was
-
-
-def _keep_if_captured(*tensors: Tensor) -> None:
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(tensors)
 
 
 class _Unit:
@@ -148,7 +141,7 @@ class TritonElementwise(Backend):
                 penalties = sums
             else:
                 index = _index(tuple(members), beta.device)
-                _keep_if_captured(index)
+                keep_if_captured(index)
                 penalties.index_copy_(0, index, sums)
         if out is not None:
             for given, made in zip(out, w_effs, strict=True):
@@ -166,7 +159,7 @@ class TritonElementwise(Backend):
             for w, s, o in zip(weights, scores, w_effs, strict=True)
         )
         table, owner, first, bounds = _table(addresses, config.block, beta.device)
-        _keep_if_captured(table, owner, first, bounds)
+        keep_if_captured(table, owner, first, bounds)
         is_aligned = all(number % 16 == 0 for row in addresses for number in row)
         partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
         with on_device_of(beta):
@@ -218,6 +211,8 @@ class TritonElementwise(Backend):
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
         scores: list[Tensor], beta: Tensor, kind: MaskKind,
     ) -> list[Tensor]:
+        if is_capturing(beta):  # gradients have addresses of their own there, and no table may be copied from the host
+            return super().grad_scores_of_many(grad_w_effs, grad_penalties, weights, scores, beta, kind)
         given = list(zip(grad_w_effs, grad_penalties, weights, scores, strict=True))
         made: dict[int, Tensor] = {}
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
@@ -238,7 +233,7 @@ class TritonElementwise(Backend):
                 for grad, i in zip(grads, members, strict=True)
             )  # fmt: skip
             table, owner, first, bounds = _table(addresses, configs.ELEMENTWISE.block, beta.device)
-            _keep_if_captured(table, owner, first, bounds)
+            keep_if_captured(table, owner, first, bounds)
             is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:4], row[5]))
             with on_device_of(beta):
                 grad_scores_of_many_kernel[(len(owner),)](
