@@ -23,6 +23,7 @@ class LayerCase:
     x_shape: tuple[int, ...]
     dtype: str
     conv: dict[str, Any] = field(default_factory=dict)
+    is_channels_last: bool = False
 
     @property
     def is_conv(self) -> bool:
@@ -34,30 +35,40 @@ class LayerCase:
         if not self.is_conv:
             return f"linear_{weight}_m{self.x_shape[0]}_{self.dtype}"
         batch, _, height, width = self.x_shape
-        return f"conv_{weight}_b{batch}_{height}x{width}_{self.dtype}"
+        layout = "_nhwc" if self.is_channels_last else ""
+        return f"conv_{weight}_b{batch}_{height}x{width}{layout}_{self.dtype}"
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        if not self.is_conv:
+            return (self.x_shape[0], self.weight_shape[0])
+        stride, padding = self.conv.get("stride", 1), self.conv.get("padding", 0)
+        pairs = zip(self.x_shape[2:], self.weight_shape[2:], strict=True)
+        return (self.x_shape[0], self.weight_shape[0], *((n + 2 * padding - k) // stride + 1 for n, k in pairs))
 
     def build(self, device: str = "cpu", seed: int = 0) -> testing.Case:
-        """Fixed random inputs."""
-        rest: dict[str, Any] = {"beta": BETA, "seed": seed, "device": device, **self.conv}
-        if self.is_conv:
-            case = testing.conv_case(self.x_shape, self.weight_shape, DTYPES[self.dtype], **rest)  # type: ignore[arg-type]
-        else:
-            case = testing.linear_case(self.x_shape[0], *self.weight_shape, DTYPES[self.dtype], **rest)
-        case.grad_penalty = LAM
-        case.wanted = ("grad_x", "grad_scores")
-        return case
+        """Fixed random inputs, drawn on the device."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+            values = torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+            is_image = self.is_channels_last and len(shape) == 4
+            return values.contiguous(memory_format=torch.channels_last) if is_image else values
+
+        dtype, fan_in = DTYPES[self.dtype], math.prod(self.weight_shape[1:])
+        return testing.Case(
+            randn(self.x_shape, dtype), randn(self.weight_shape, dtype, fan_in**-0.5),
+            randn(self.weight_shape, torch.float32), BETA, randn(self.weight_shape[:1], dtype),
+            dict(self.conv) if self.is_conv else None, grad_out=randn(self.out_shape, dtype), grad_penalty=LAM,
+            wanted=("grad_x", "grad_scores"),
+        )  # fmt: skip
 
     @property
     def num_weights(self) -> int:
         return math.prod(self.weight_shape)
 
     def num_outputs(self) -> int:
-        if not self.is_conv:
-            return self.x_shape[0] * self.weight_shape[0]
-        stride, padding = self.conv.get("stride", 1), self.conv.get("padding", 0)
-        pairs = zip(self.x_shape[2:], self.weight_shape[2:], strict=True)
-        sizes = [(n + 2 * padding - k) // stride + 1 for n, k in pairs]
-        return self.x_shape[0] * self.weight_shape[0] * math.prod(sizes)
+        return math.prod(self.out_shape)
 
     def product_flops(self) -> int:
         """Floating point operations of one product: the forward pass; the two of the backward pass cost the same."""
@@ -74,19 +85,30 @@ class LayerCase:
         optimizer = self.num_weights * 28 if phase == "step" else 0  # AdamW reads ds, s, two moments and writes three
         return forward + backward + optimizer
 
+    def working_set(self, phase: str) -> int:
+        """Bytes of the tensors that a phase touches, each once: what must fit in a cache for it to stay there."""
+        value = DTYPES[self.dtype].itemsize
+        activations = (math.prod(self.x_shape) + self.num_outputs()) * value
+        per_weight = 2 * value + 4  # W, w_eff, s
+        if phase == "forward":
+            return activations + self.num_weights * per_weight
+        return 2 * activations + self.num_weights * (per_weight + 4 + (8 if phase == "step" else 0))  # ds; moments
+
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One elementwise op over weights of these shapes."""
+    """One op alone over weights of these shapes: elementwise, or the product of num_tokens rows in "score_gradient"."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
     label: str = ""
+    num_tokens: int = 32
 
     @property
     def name(self) -> str:
-        return f"{self.op}_{self.label or 'x'.join(map(str, self.shapes[0]))}_{self.dtype}"
+        rows = f"_m{self.num_tokens}" if self.op == "score_gradient" else ""
+        return f"{self.op}_{self.label or 'x'.join(map(str, self.shapes[0]))}{rows}_{self.dtype}"
 
     @property
     def num_weights(self) -> int:
@@ -112,12 +134,30 @@ CONV_CASES = [
     for dtype in DTYPES
 ]
 GPU_LINEAR_CASES = [
-    LayerCase(weight, (m, weight[1]), dtype)
-    for weight, rows in {
-        (512, 128): (256, 10240), (3072, 768): (1024, 10240), (768, 3072): (64, 1024, 10240), (11008, 4096): (64, 4096),
-    }.items()
-    for m in rows for dtype in ("bf16",)
+    LayerCase(weight, (m, weight[1]), "bf16")
+    for weight, m in (
+        ((768, 3072), 1024), ((768, 3072), 10240), ((4096, 11008), 4096), ((512, 128), 10240), ((512, 128), 256),
+        ((768, 3072), 64), ((4096, 11008), 64), ((8192, 28672), 16384),
+    )
 ] + [LayerCase((768, 3072), (1024, 3072), "fp32")]  # fmt: skip
+
+
+def _resnet18_convolutions(batch: int) -> list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]:
+    """(weight, x, geometry) of the distinct convolutions of ResNet-18 at 224x224."""
+    found = [((64, 3, 7, 7), (batch, 3, 224, 224), {"stride": 2, "padding": 3})]
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        found.append(((channels, channels, 3, 3), (batch, channels, size, size), {"padding": 1}))
+        if channels > 64:  # the first block of a stage halves the image
+            narrow = (batch, channels // 2, 2 * size, 2 * size)
+            found.append(((channels, channels // 2, 3, 3), narrow, {"stride": 2, "padding": 1}))
+            found.append(((channels, channels // 2, 1, 1), narrow, {"stride": 2}))
+    return found
+
+
+GPU_CONV_CASES = [
+    LayerCase(weight, x, "bf16", conv, is_channels_last)
+    for is_channels_last in (True, False) for weight, x, conv in _resnet18_convolutions(256)
+]  # fmt: skip
 
 _GPT2_BLOCK = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
 _ARITHMETIC_BLOCK = ((128, 384), (128, 128), (128, 512), (512, 128))
@@ -130,13 +170,18 @@ KERNEL_CASES = [
         ("effective_weights", _GPT2_BLOCK * 12, "gpt2"),
         ("grad_scores", ((512, 128),), ""),
         ("grad_scores", ((3072, 768),), ""),
+        ("score_gradient", ((512, 128),), ""),
     )
     for dtype in DTYPES
 ] + [KernelCase(op, ((3072, 768),), "fp32") for op in ("mask", "add_penalty_grad", "pack_mask", "unpack_mask")]
+SCORE_GRADIENT_CASES = [  # of a GPU
+    KernelCase("score_gradient", (shape,), "bf16", num_tokens=m)
+    for shape, m in (((4096, 11008), 4096), ((768, 3072), 1024), ((768, 3072), 10240), ((512, 128), 10240))
+]  # fmt: skip
 OVERHEAD_CASES = [LayerCase((8, 8), (8, 8), "fp32")]
 QUICK = (
-    "linear_512x128_m256", "conv_256x64x1x1", "weight_512x128", "scores_512x128", "arithmetic_gpt2", "pack_mask",
-    "8x8_m8",
+    "linear_512x128_m256", "conv_256x64x1x1", "weight_512x128", "scores_512x128", "gradient_512x128",
+    "arithmetic_gpt2", "pack_mask", "8x8_m8", "tiny",
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ class Ceilings:
 
     def __init__(self, device: str, config: TimingConfig) -> None:
         self.device, self.config = device, config
-        self._copies: dict[int, float] = {}
-        self._products: dict[torch.dtype, float] = {}
+        self.copies: dict[int, float] = {}
+        self.products: dict[torch.dtype, float] = {}
 
     def bytes_per_s(self, num_bytes: int) -> float:
         """Bytes/s, read and written, of a copy that moves ``num_bytes`` (rounded to a power of two, 64 kB to 4 GB; to
@@ -26,20 +26,20 @@ class Ceilings:
         largest = 32 if self.device == "cuda" else 29
         exponent = min(max(num_bytes - 1, 1).bit_length(), largest)
         exponent = max(exponent, 16)
-        if exponent not in self._copies:
+        if exponent not in self.copies:
             source = torch.randn((1 << exponent) // 8, device=self.device)
             target = torch.empty_like(source)
-            self._copies[exponent] = (1 << exponent) / self._seconds(lambda: target.copy_(source))
-        return self._copies[exponent]
+            self.copies[exponent] = (1 << exponent) / self._seconds(lambda: target.copy_(source))
+        return self.copies[exponent]
 
     def flops_per_s(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large square matrix product through torch."""
-        if dtype not in self._products:
+        if dtype not in self.products:
             n = 8192 if self.device == "cuda" else 1024
             a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
             out = torch.empty_like(a)
-            self._products[dtype] = 2 * n**3 / self._seconds(lambda: torch.mm(a, b, out=out))
-        return self._products[dtype]
+            self.products[dtype] = 2 * n**3 / self._seconds(lambda: torch.mm(a, b, out=out))
+        return self.products[dtype]
 
     def _seconds(self, function: Callable[[], object]) -> float:
         for _ in range(3):
@@ -54,5 +54,5 @@ class Ceilings:
 
     def known(self) -> dict[str, float]:
         """What was measured so far: GB/s by copied MB, TFLOP/s by dtype."""
-        copies = {f"copy_{2.0**e / 2**20:g}mb_gb_s": rate / 1e9 for e, rate in sorted(self._copies.items())}
-        return copies | {f"matmul_{str(d)[6:]}_tflop_s": rate / 1e12 for d, rate in self._products.items()}
+        copies = {f"copy_{2.0**e / 2**20:g}mb_gb_s": rate / 1e9 for e, rate in sorted(self.copies.items())}
+        return copies | {f"matmul_{str(d)[6:]}_tflop_s": rate / 1e12 for d, rate in self.products.items()}

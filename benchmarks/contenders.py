@@ -1,12 +1,13 @@
 """What is compared: a masked (or plain) layer each, all on the same values: forward, backward, optimizer step.
 
-Each contender owns its leaves, so that an optimizer step of one leaves the others alone. x requires grad in all (as for
-a layer inside a network), the bias is frozen in all, and every masked one's backward pass includes the penalty's
-gradient.
+Each contender owns what it trains, so that an optimizer step of one leaves the others alone; what nobody writes (x,
+frozen weights) they share. x requires grad in all (as for a layer inside a network), the bias is frozen in all, and
+every masked one's backward pass includes the penalty's gradient.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import subnet_kernels
+from subnet_kernels import BackendRefused
+from subnet_kernels.dispatch import choose_for
 from subnet_kernels.testing import Case
 
 LR = 1e-4
 
 
-class Skipped(Exception):
+class Skipped(RuntimeError):
     """A contender that can't run here; the message says why."""
+
+
+def fused_adamw(trained: list[Tensor]) -> torch.optim.Optimizer:
+    """torch's fused AdamW, on a GPU such that a CUDA graph can hold its step."""
+    return torch.optim.AdamW(trained, lr=LR, fused=True, capturable=trained[0].is_cuda)
+
+
+def masks_adamw(masks: Any, lam: float) -> torch.optim.Optimizer:
+    """Ours, likewise where ``masks.adamw`` can be."""
+    is_cuda = next(iter(masks.scores().values())).is_cuda
+    takes_it = "capturable" in inspect.signature(masks.adamw).parameters
+    return masks.adamw(lr=LR, lam=lam, **({"capturable": True} if is_cuda and takes_it else {}))
+
+
+def check_capturable(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises Skipped where a CUDA graph can't hold the optimizer's step."""
+    if optimizer is not None and not all(group.get("capturable") for group in optimizer.param_groups):
+        raise Skipped(f"{type(optimizer).__name__} is not capturable (masks.adamw takes no capturable=True here)")
 
 
 class Contender:
@@ -38,9 +59,8 @@ class Contender:
     def __init__(self, case: Case) -> None:
         assert case.grad_out is not None
         self.case, self.grad_out = case, case.grad_out
-        self.x = case.x.detach().clone().requires_grad_()
-        self.weight = case.weight.detach().clone()
-        self.bias = case.bias.detach().clone() if case.bias is not None else None
+        self.x = case.x.detach().requires_grad_()
+        self.weight, self.bias = case.weight, case.bias
         self.beta = torch.tensor(case.beta, device=case.x.device)
         self.lam = torch.tensor(case.grad_penalty, device=case.x.device)
         self.trained = self.make()
@@ -67,13 +87,20 @@ class Contender:
         """The same and an optimizer step (torch's fused AdamW)."""
         self.forward_backward()
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW([self.trained], lr=LR, fused=True)
+            self.optimizer = fused_adamw([self.trained])
         self.optimizer.step()
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.case.conv is None:
             return F.linear(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, **self.case.conv)
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.trained]
+
+    def note(self) -> str:
+        """What a row should say of this contender."""
+        return ""
 
     def own_tensors(self) -> list[Tensor]:
         """Tensors that exist whether or not a backward pass is pending."""
@@ -94,6 +121,7 @@ class Compiled(Contender):
     """torch.compile(fullgraph=True) of the same, its backward pass compiled with it."""
 
     name = "compile"
+    mode: str | None = None
 
     def make(self) -> Tensor:
         torch._dynamo.reset()  # one recompile limit per case
@@ -104,11 +132,19 @@ class Compiled(Contender):
             w_eff = (w * m).to(x.dtype)
             return F.linear(x, w_eff, b) if conv is None else F.conv2d(x, w_eff, b, **conv), m.sum()
 
-        self.compiled = torch.compile(expression, fullgraph=True, dynamic=False)
+        self.compiled = torch.compile(expression, fullgraph=True, dynamic=False, mode=self.mode)
         return super().make()
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.compiled(self.x, self.weight, self.trained, self.beta, self.bias)
+
+
+class CompiledMax(Compiled):
+    """The same with mode="max-autotune-no-cudagraphs": "max-autotune" would make CUDA graphs of its own, which can be
+    neither captured by ours nor compared with launched contenders. It compiles for long: only when asked for."""
+
+    name = "compile_max"
+    mode = "max-autotune-no-cudagraphs"
 
 
 class Plain(Contender):
@@ -118,6 +154,7 @@ class Plain(Contender):
     is_masked = False
 
     def make(self) -> Tensor:
+        self.weight = self.weight.clone()
         self.layer = plain_layer(self.case, self.weight, self.bias, self.weight.dtype)
         self.layer.weight.requires_grad_()
         return self.layer.weight
@@ -190,23 +227,55 @@ class Ours(Contender):
     def step(self) -> None:
         """The penalty comes from the optimizer (``lam=``), as in our training loops."""
         if self.optimizer is None:
-            self.optimizer = self.masks.adamw(lr=LR, lam=self.case.grad_penalty)
+            self.optimizer = masks_adamw(self.masks, self.case.grad_penalty)
         self.x.grad = self.trained.grad = None
         self.layer(self.x).backward(self.grad_out)
         self.optimizer.step()
+
+    def note(self) -> str:
+        return _backend_note(self.case, self.layer.plan)
 
 
 class OursOp(Contender):
     """Our op without a layer: ``out, penalty = masked_linear(x, w, s, beta, b)``, masking at every call."""
 
     name = "ours_op"
+    plan: str | None = None
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        inputs = (self.x, self.weight, self.trained, self.beta, self.bias)
         if self.case.conv is None:
-            return subnet_kernels.masked_linear(self.x, self.weight, self.trained, self.beta, self.bias)
-        return subnet_kernels.masked_conv2d(
-            self.x, self.weight, self.trained, self.beta, self.bias, **self.case.conv
-        )
+            return subnet_kernels.masked_linear(*inputs, plan=self.plan)
+        return subnet_kernels.masked_conv2d(*inputs, **self.case.conv, plan=self.plan)
+
+    def note(self) -> str:
+        return _backend_note(self.case, self.plan)
+
+
+class OursFused(OursOp):
+    """The op with ``plan="fused"``, where a GPU backend has it."""
+
+    name = "ours_fused"
+    plan = "fused"
+
+    def make(self) -> Tensor:
+        case = self.case
+        try:
+            choose_for(case.op, case.weight, case.scores, case.kind, case.x.dtype, self.plan, "triton")
+        except BackendRefused as refusal:
+            raise Skipped(str(refusal)) from refusal
+        return super().make()
+
+
+class OursCached(OursFused):
+    """The op with ``plan="cached"``, where a GPU backend has it."""
+
+    name = "ours_cached"
+    plan = "cached"
+
+
+def _backend_note(case: Case, plan: str | None) -> str:
+    return f"backend {choose_for(case.op, case.weight, case.scores, case.kind, case.x.dtype, plan).name}"
 
 
 class OursWithoutPenalty(Ours):
@@ -228,8 +297,9 @@ class OursFresh(OursWithoutPenalty):
         return self.layer(self.x), None
 
 
-BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, Plain, NeuroSurgeon)}
-ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in (Ours, OursOp, OursWithoutPenalty, OursFresh)}}
+BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, CompiledMax, Plain, NeuroSurgeon)}
+OURS = (Ours, OursOp, OursFused, OursCached, OursWithoutPenalty, OursFresh)
+ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in OURS}}
 
 
 def plain_layer(case: Case, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:

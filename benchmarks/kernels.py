@@ -1,7 +1,12 @@
-"""The elementwise ops alone: per case the functions to time (eager, torch.compile, ours), truth and bytes."""
+"""The ops alone: per case the functions to time (eager, torch.compile, ours), truth, operations and bytes.
+
+Elementwise passes, and the score gradient with its product, whose ceiling is the vendor's product alone ("mm").
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,7 +15,7 @@ from torch import Tensor
 
 import subnet_kernels
 from subnet_kernels.backends.base import Backend, Call
-from subnet_kernels.dispatch import choose
+from subnet_kernels.dispatch import choose, choose_for
 from subnet_kernels.masks import as_kind
 from subnet_kernels.ops.effective_weight import effective_weights_raw
 from subnet_kernels.testing import error_bound
@@ -24,19 +29,30 @@ Triple = tuple[Tensor, Tensor, bool]  # truth and absolute value in fp64, is a g
 
 @dataclass
 class Problem:
-    """functions: name -> call that returns its results. truth: the i-th result in fp64, made when asked for. num_bytes:
-    what one call must move. note: what runs ours."""
+    """functions: name -> call that returns its results. truth: the i-th result in fp64, made when asked for. num_bytes,
+    flops: what one call must move, and multiply. note: what runs ours."""
 
     functions: dict[str, Callable[[], Results]]
     truth: Callable[[int], Triple]
     num_bytes: int
     dtypes: Callable[[int], torch.dtype]
     note: str = ""
+    flops: float = 0.0
 
 
-def gate(problem: Problem) -> dict[str, float]:
-    """Calls every function once: its largest error as a multiple of the allowed one (above 1 it is wrong)."""
-    results = {name: function() for name, function in problem.functions.items()}
+def gate(problem: Problem, broke: Callable[[str, Exception], None] | None = None) -> dict[str, float]:
+    """Calls every function once: its largest error as a multiple of the allowed one (above 1 it is wrong). With
+    ``broke``, one that raises is named there and leaves the problem. "mm" computes something else and has none."""
+    results = {}
+    for name, function in list(problem.functions.items()):
+        try:
+            results[name] = function()
+        except Exception as error:
+            if broke is None:
+                raise
+            broke(name, error)
+            del problem.functions[name]
+    results.pop("mm", None)
     worst = dict.fromkeys(results, 0.0)
     for i, eager in enumerate(results["eager"]):
         true, size, is_gradient = problem.truth(i)
@@ -53,6 +69,8 @@ def make_problem(case: KernelCase, device: str) -> Problem:
     """The problem of a case, on fixed random data."""
     generator = torch.Generator().manual_seed(0)
     dtype = DTYPES[case.dtype]
+    if case.op == "score_gradient":
+        return _score_gradient(case, device)
     weights, scores = [], []
     for shape in case.shapes:
         weights.append(torch.randn(shape, generator=generator).to(device, dtype))
@@ -144,6 +162,50 @@ def _grad_scores(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor,
         {"eager": lambda: [expression(*inputs)], "compile": lambda: [fast(*inputs)], "ours": ours},  # type: ignore[list-item]
         truth, case.num_weights * (2 * weight.element_size() + 8), lambda i: torch.float32,
     )  # fmt: skip
+
+
+def _score_gradient(case: KernelCase, device: str) -> Problem:
+    """grad_out[M, N]^T @ x[M, K], then the pass over W and s: in one kernel, in two, and the product alone."""
+    generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[case.dtype]
+    (n, k), m = case.shapes[0], case.num_tokens
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    grad_out, x, weight, scores = randn(m, n), randn(m, k), randn(n, k), randn(n, k, dtype=torch.float32)
+    beta, lam = torch.tensor(BETA, device=device), torch.tensor(LAM, device=device)
+    backend = choose_for("masked_linear", weight, scores, KIND.name, dtype)
+
+    def expression(g: Tensor, x: Tensor, w: Tensor, s: Tensor, beta: Tensor, lam: Tensor) -> Tensor:
+        m = torch.sigmoid(beta * s)
+        return (g.t().mm(x).float() * w + lam) * (beta * m * (1 - m))
+
+    fast = compiled(expression)
+    inputs = (grad_out, x, weight, scores, beta, lam)
+
+    def ours(function: Callable[..., tuple[Tensor | None, Tensor | None]]) -> Results:
+        grad_scores, _ = function(grad_out, x, lam, weight, scores, beta, KIND, True, False)
+        assert grad_scores is not None
+        return [grad_scores]
+
+    def truth(i: int) -> Triple:
+        z = BETA * scores.double()
+        slope = BETA * torch.sigmoid(z) * torch.sigmoid(-z)
+        g, value, w = (t.double() for t in (grad_out, x, weight))
+        size = (g.abs().t().mm(value.abs()) * w.abs() + LAM) * slope
+        return (g.t().mm(value) * w + LAM) * slope, size, True
+
+    functions: dict[str, Callable[[], Results]] = {
+        "eager": lambda: [expression(*inputs)], "compile": lambda: [fast(*inputs)],  # type: ignore[list-item]
+        "mm": lambda: [grad_out.t().mm(x)],
+        "ours": lambda: ours(backend.linear_grad_scores),
+        "ours_flat": lambda: ours(functools.partial(Backend.linear_grad_scores, backend)),
+    }  # fmt: skip
+    takes_it = "is_fused" in inspect.signature(Backend.linear_grad_scores).parameters
+    if backend.name == "triton" and takes_it:  # also where dispatch takes the vendor's product: is its limit right?
+        functions["ours_fused"] = lambda: ours(functools.partial(backend.linear_grad_scores, is_fused=True))
+    num_bytes = (m * n + m * k + n * k) * dtype.itemsize + n * k * 8
+    return Problem(functions, truth, num_bytes, lambda i: dtype, f"backend {backend.name}", 2.0 * m * n * k)
 
 
 def _mask(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor, backend: Backend) -> Problem:

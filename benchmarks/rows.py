@@ -25,7 +25,8 @@ class Row:
     of the baseline's time / this one's (above 1: this one is faster). ``gate``: largest error / allowed error (at most
     1 is right; empty: computes something else). ``kept_mb``, ``peak_mb``: memory.py; ``kept_weights``: kept bytes in
     units of the weight's. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
-    measured in this run."""
+    measured in this run; ``gflop``, ``least_mb``: what it was reckoned from. ``state``, on a GPU: "l2-hot" where the
+    working set fits in the L2 cache, else "beyond-l2"."""
 
     suite: str
     case: str
@@ -38,8 +39,12 @@ class Row:
     p80_us: float | None
     x_eager: float | None = None
     x_compile: float | None = None
+    x_compile_max: float | None = None
     x_linear: float | None = None
     x_neurosurgeon: float | None = None
+    x_finetune: float | None = None
+    x_finetune_amp: float | None = None
+    x_mm: float | None = None
     over_linear_us: float | None = None
     gate: float | None = None
     kept_mb: float | None = None
@@ -47,11 +52,14 @@ class Row:
     peak_mb: float | None = None
     floor_us: float | None = None
     ceiling_fraction: float | None = None
+    gflop: float | None = None
+    least_mb: float | None = None
+    state: str = ""
     note: str = ""
 
 
 FIELDS = [field.name for field in fields(Row)]
-RATIOS = ("eager", "compile", "linear", "neurosurgeon")
+RATIOS = ("eager", "compile", "compile_max", "linear", "neurosurgeon", "finetune", "finetune_amp", "mm")
 
 
 def _version_of(package: str) -> str:
@@ -145,21 +153,29 @@ def _number(value: float | None, spec: str = ".2f") -> str:
     return "" if value is None else format(value, spec)
 
 
-def table(rows: list[Row], is_ours: Callable[[Row], bool] = lambda row: row.contender.startswith("ours")) -> str:
-    """Short table: one line per row of ours, its ratios to the baselines beside it."""
-    head = ("case", "phase", "contender", "median us", "p20-p80", *(f"x {r[:8]}" for r in RATIOS),
-            "over lin. us", "kept/W", "peak MB", "ceiling")  # fmt: skip
-    lines = [head]
+def table(rows: list[Row], is_wanted: Callable[[Row], bool] = lambda row: row.contender.startswith("ours")) -> str:
+    """Short table: one line per row of ours, its ratios to the baselines beside it (columns that hold something)."""
+    rows = [row for row in rows if is_wanted(row)]
+    ratios = [name for name in RATIOS if any(getattr(row, f"x_{name}") is not None for row in rows)]
+    lines = [("case", "phase", "contender", "median us", "p20-p80", *(f"x {name[:11]}" for name in ratios),
+              "over lin. us", "kept/W", "peak MB", "ceiling", "state")]  # fmt: skip
     for row in rows:
-        if is_ours(row):
-            ratios = [_number(getattr(row, f"x_{name}")) for name in RATIOS]
-            phase = row.phase if row.mode == "eager" else f"{row.phase} ({row.mode})"
-            lines.append((
-                row.case, phase, row.contender, _number(row.median_us, ".1f"),
-                f"{_number(row.p20_us, '.1f')}-{_number(row.p80_us, '.1f')}", *ratios,
-                _number(row.over_linear_us, ".1f"), _number(row.kept_weights), _number(row.peak_mb, ".1f"),
-                _number(row.ceiling_fraction),
-            ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    aligned = [[c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
-    return "\n".join("  ".join(line) for line in aligned)
+        phase = row.phase if row.mode == "eager" else f"{row.phase} ({row.mode})"
+        lines.append((
+            row.case, phase, row.contender, _number(row.median_us, ".1f"),
+            f"{_number(row.p20_us, '.1f')}-{_number(row.p80_us, '.1f')}",
+            *(_number(getattr(row, f"x_{name}")) for name in ratios), _number(row.over_linear_us, ".1f"),
+            _number(row.kept_weights), _number(row.peak_mb, ".1f"), _number(row.ceiling_fraction), row.state,
+        ))  # fmt: skip
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]], num_left: int = 3) -> str:
+    """Lines of cells as text in columns: the first ``num_left`` to the left; a column without any entry is left out."""
+    columns = [c for c in zip(*lines, strict=True) if any(c[1:])] if len(lines) > 1 else list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    cells = [
+        [c.ljust(w) if i < num_left else c.rjust(w) for c in column]
+        for i, (column, w) in enumerate(zip(columns, widths, strict=True))
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*cells, strict=True))

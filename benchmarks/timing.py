@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Function = Callable[[], object]
 
@@ -70,6 +71,8 @@ def _sample(function: Function, num_calls: int, device: str, clock: Callable[[],
 
 def time_interleaved(functions: dict[str, Function], device: str, config: TimingConfig) -> dict[str, Timing]:
     """Seconds per call of every function. Warm up what must not be timed (compilation) before."""
+    if not functions:
+        return {}
     clock = time.process_time if config.clock == "cpu" else time.perf_counter
     num_calls = {}
     for name, function in functions.items():
@@ -95,8 +98,9 @@ def time_interleaved(functions: dict[str, Function], device: str, config: Timing
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def as_cuda_graph(function: Function, num_warmups: int = 3) -> Function:
-    """Capture ``function`` once and return its replay: what it costs without Python and launch gaps."""
+def as_cuda_graph(function: Function, leaves: Iterable[Tensor] = (), num_warmups: int = 3) -> Function:
+    """Capture ``function`` once and return its replay: what it costs without Python and launch gaps. ``leaves`` lose
+    their gradients before, so that the captured backward pass allocates them where every replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -104,6 +108,8 @@ def as_cuda_graph(function: Function, num_warmups: int = 3) -> Function:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    for leaf in leaves:
+        leaf.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
