@@ -14,11 +14,12 @@ import torch
 from . import cases, rows
 from .ceilings import Ceilings
 from .contenders import BASELINES
+from .models import MODEL_CASES, MODEL_CONTENDERS, run_model
 from .rows import Row
-from .runner import PHASES, Settings, run_kernel, run_layer, run_memory, run_overhead
+from .runner import MODES, PHASES, Settings, run_kernel, run_layer, run_memory, run_overhead
 from .timing import TimingConfig
 
-SUITES = ("kernels", "layers", "overhead", "memory")
+SUITES = ("kernels", "layers", "overhead", "memory", "models")
 QUICK_TIMING = TimingConfig(num_rounds=11, min_rounds=5, budget_s=2.0)
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,9 +31,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shapes", nargs="+", help="only cases whose name holds one of these, e.g. 3072x768 m64 bf16 conv")
     add("--threads", type=int, nargs="+", help="CPU threads; several values: one run each (torch's own if not given)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--mode", choices=["eager", "graph"], default="eager", help="graph: replays of CUDA graphs, no step phase")
+    add("--mode", nargs="+", choices=MODES, default=["eager"], help="graph: replays of CUDA graphs; both may be given")
     add("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    add("--baselines", nargs="+", choices=list(BASELINES), help="all unless --quick, which leaves out compile")
+    add("--baselines", nargs="+", choices=sorted({*BASELINES, *MODEL_CONTENDERS} - {"ours"}),
+        help="all but compile_max, with --quick no compile either; suite models: all its contenders")  # fmt: skip
     add("--rounds", type=int, help="samples per contender (101)")
     add("--budget", type=float, help="seconds per case and phase after which sampling stops (20)")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time (busy machine, one thread)")
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--out takes names that end in .csv, .json or .png, got {' '.join(map(str, args.out))}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU")
-    if args.mode == "graph" and args.device != "cuda":
+    if "graph" in args.mode and args.device != "cuda":
         parser.error("--mode graph needs --device cuda")
     if args.threads and min(args.threads) < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
@@ -58,9 +60,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
         timing, clock=args.clock, num_rounds=rounds, min_rounds=min(timing.min_rounds, rounds),
         budget_s=args.budget or timing.budget_s,
     )  # fmt: skip
-    names = args.baselines or [name for name in BASELINES if not (args.quick and name == "compile")]
-    phases = tuple(p for p in PHASES if p in args.phases and not (p == "step" and args.mode == "graph"))
-    return Settings(args.device, timing, tuple(names), phases, args.mode, say=_say)
+    left_out = ("compile_max", "compile", "ours_compile") if args.quick else ("compile_max",)
+    names = args.baselines or [name for name in (*BASELINES, *MODEL_CONTENDERS) if name not in left_out]
+    ours = ("ours", "ours_op", *(("ours_fused", "ours_cached") if args.device == "cuda" else ()))
+    models = [name for name in MODEL_CONTENDERS if name in names or name == "ours"]
+    return Settings(
+        args.device, timing, tuple(name for name in BASELINES if name in names), ours, tuple(models),
+        tuple(p for p in PHASES if p in args.phases), tuple(args.mode), say=_say, fail=_say,
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:
@@ -69,12 +76,15 @@ def _say(text: str) -> None:
 
 def run_suites(args: argparse.Namespace, settings: Settings, ceilings: Ceilings) -> list[Row]:
     """Every selected case of the selected suites."""
-    layers = cases.LINEAR_CASES + cases.CONV_CASES
+    is_gpu = args.device == "cuda"
+    layers = cases.GPU_LINEAR_CASES + cases.GPU_CONV_CASES if is_gpu else cases.LINEAR_CASES + cases.CONV_CASES
+    ops = cases.KERNEL_CASES + (cases.SCORE_GRADIENT_CASES if is_gpu else [])
     suites: dict[str, tuple[list, Callable[..., list[Row]]]] = {
-        "kernels": (cases.KERNEL_CASES, run_kernel),
+        "kernels": (ops, run_kernel),
         "layers": (layers, run_layer),
         "overhead": (cases.OVERHEAD_CASES, run_overhead),
         "memory": (layers, run_memory),
+        "models": (MODEL_CASES, run_model),
     }
     wanted = [args.suite] if args.suite != "all" else ["kernels", "layers", "overhead"]  # layers' rows hold memory too
     made: list[Row] = []
@@ -93,7 +103,7 @@ def paths_of(args: argparse.Namespace, env: dict, num_threads: int) -> list[Path
     if args.threads and len(args.threads) > 1:
         paths = [path.with_stem(f"{path.stem}_{num_threads}threads") for path in paths]
     if args.record:
-        mode = "" if args.mode == "eager" else f"_{args.mode}"
+        mode = "" if args.mode == ["eager"] else f"_{'_'.join(args.mode)}"
         stem = f"{args.suite}{mode}" + (f"_{num_threads}threads" if args.device == "cpu" else "")
         paths += [RESULTS / rows.slug(env["device"]) / f"{stem}{suffix}" for suffix in (".csv", ".json")]
     return paths
@@ -115,9 +125,12 @@ def run_once(args: argparse.Namespace, num_threads: int) -> bool:
         elif path.suffix == ".json":
             rows.write_json(path, made, env, ceilings.known())
         else:
-            from .plot import plot
-
-            plot(made, env, path)
+            try:
+                from .plot import plot_ratios
+            except ImportError as error:
+                _say(f"left out {path}: {error}")
+                continue
+            plot_ratios(rows.as_records(made, env), path)
         _say(f"wrote {path}")
     print(rows.table(made))
     print(", ".join(f"{name} {value:.3g}" for name, value in ceilings.known().items()))

@@ -51,10 +51,12 @@ class Contender:
     Attributes:
         x, trained: the leaves: the input and the scores (for plain layers the weight).
         frozen: tensors that exist whatever is kept for the backward pass (weight, bias, beta).
+        remakes_mask: whether every call makes its mask anew, so that a replay sees scores changed from outside.
     """
 
     name = ""
     is_masked = True
+    remakes_mask = True
 
     def __init__(self, case: Case) -> None:
         assert case.grad_out is not None
@@ -292,6 +294,7 @@ class OursFresh(OursWithoutPenalty):
     """The layer called alone, its effective weight fresh, as in the second micro-batch between two optimizer steps."""
 
     name = "ours_fresh"
+    remakes_mask = False
 
     def forward(self) -> tuple[Tensor, None]:  # type: ignore[override]
         return self.layer(self.x), None

@@ -5,21 +5,44 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_correctness, kernels, memory
+from benchmarks import aims, gpu_check, gpu_correctness, gpu_parts, kernels, memory, models, plot, rows, runner
 from benchmarks.__main__ import main
-from benchmarks.cases import KERNEL_CASES, LINEAR_CASES, OVERHEAD_CASES, KernelCase, LayerCase, select
-from benchmarks.contenders import Eager, NeuroSurgeon, Ours, OursOp, Plain, Skipped
-from benchmarks.rows import FIELDS
-from benchmarks.runner import gate_layers
+from benchmarks.cases import (
+    GPU_CONV_CASES,
+    KERNEL_CASES,
+    LINEAR_CASES,
+    OVERHEAD_CASES,
+    KernelCase,
+    LayerCase,
+    select,
+)
+from benchmarks.ceilings import Ceilings
+from benchmarks.contenders import (
+    Eager,
+    NeuroSurgeon,
+    Ours,
+    OursOp,
+    Plain,
+    Skipped,
+    check_capturable,
+    make_contenders,
+    masks_adamw,
+)
+from benchmarks.rows import FIELDS, Row
+from benchmarks.runner import Settings, gate_layers
 from benchmarks.timing import Timing, TimingConfig, percentile, time_interleaved
 from subnet_kernels import testing
 
 SMALL = LayerCase((24, 16), (8, 16), "fp32")
+TINY_GPT2 = next(case for case in models.MODEL_CASES if case.name == "gpt2_tiny_2x16")
+SHORT = TimingConfig(num_rounds=3, min_rounds=3, sample_s=0.0)
 
 
 def test_percentiles_interpolate_between_ordered_values() -> None:
@@ -167,8 +190,12 @@ def test_gpu_check_goes_on_after_a_failure_writes_six_files_and_exits_1(
         check.take(iter([("fine", 0.5), ("off by a little", 1.5), ("not a number", float("nan"))]))
         raise RuntimeError("launch failed")
 
-    sections = (("broken", broken, 0), ("late", broken, 1e9), ("ceilings", gpu_check.measure_ceilings, 0))
-    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
+    parts = (
+        gpu_parts.Part("broken", broken, 0, 99), gpu_parts.Part("late", broken, 1e9, 99),
+        gpu_parts.Part("ceilings", gpu_parts.ceilings, 0, 99),
+    )  # fmt: skip
+    monkeypatch.setattr(gpu_parts, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "supervise", lambda check, names, command: gpu_check.run_parts(check, names))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "build.log", "environment.json", "report.txt", "results.csv", "results.json", "tests.log",
@@ -185,3 +212,228 @@ def test_the_kernel_checks_pass_on_the_reference_and_see_an_unwritten_element() 
     w_effs, penalties = gpu_correctness._run("reference", weights, scores, 3.0, kind, torch.float32)
     w_effs[0][4, 6] = float("nan")
     assert gpu_correctness._worst(weights, scores, 3.0, kind, w_effs, penalties) == float("inf")
+
+
+# --- GPU suite: everything that can be checked without a GPU ---------------------------------------------------------
+
+
+def static_graph(function, leaves=(), num_warmups=3):  # type: ignore[no-untyped-def]
+    """Stands in for as_cuda_graph: as there, replays write where the captured call wrote."""
+    leaves = list(leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    function()
+    owner = function.__self__
+    gradients, loss = [leaf.grad for leaf in leaves], getattr(owner, "last_loss", None)
+
+    def replay() -> None:
+        function()
+        for leaf, static in zip(leaves, gradients, strict=True):
+            if static is not None and leaf.grad is not static:
+                leaf.grad = static.copy_(leaf.grad)
+        if loss is not None:
+            owner.last_loss = loss.copy_(owner.last_loss)
+
+    return replay
+
+
+@pytest.fixture
+def graphs_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "as_cuda_graph", static_graph)
+    for module in (runner, models):
+        monkeypatch.setattr(module, "check_capturable", lambda optimizer: None)
+
+
+def test_a_plan_that_no_gpu_backend_serves_here_is_left_out_with_the_backends_reason() -> None:
+    said: list[str] = []
+    assert make_contenders(SMALL.build(), ["ours_fused", "ours_cached"], said.append) == []
+    assert len(said) == 2 and all("backend 'triton' refused masked_linear: weight is on cpu" in text for text in said)
+
+
+def test_channels_last_cases_are_so_in_all_their_images() -> None:
+    case = LayerCase((6, 4, 3, 3), (2, 4, 9, 9), "bf16", {"padding": 1}, True)
+    inputs = case.build()
+    for tensor in (inputs.x, inputs.weight, inputs.scores, inputs.grad_out):
+        assert tensor is not None and tensor.is_contiguous(memory_format=torch.channels_last)
+    assert case.name == "conv_6x4x3x3_b2_9x9_nhwc_bf16"
+
+
+def test_the_convolution_cases_are_those_of_resnet18_and_it_has_its_published_size() -> None:
+    net = models.ResNet18()
+    sizes: dict[torch.nn.Module, int] = {}
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for conv in convs:
+        conv.register_forward_hook(lambda m, x, out: sizes.__setitem__(m, x[0].shape[-1]))
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 224, 224))
+    found = {(tuple(c.weight.shape), sizes[c], c.stride[0], c.padding[0]) for c in convs}
+    cases = [c for c in GPU_CONV_CASES if c.is_channels_last]
+    assert found == {
+        (c.weight_shape, c.x_shape[-1], c.conv.get("stride", 1), c.conv.get("padding", 0)) for c in cases
+    }
+    assert len(cases) == 11 and len(GPU_CONV_CASES) == 22
+    assert sum(p.numel() for p in net.parameters()) == 11_689_512
+
+
+def test_an_optimizer_that_no_graph_can_hold_is_refused_and_ours_asks_for_one_that_can() -> None:
+    scores = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(Skipped, match="AdamW is not capturable"):
+        check_capturable(torch.optim.AdamW([scores]))
+    check_capturable(torch.optim.AdamW([scores], capturable=True))
+    asked: list[dict] = []
+
+    class Masks:
+        def scores(self):  # type: ignore[no-untyped-def]
+            return {"scores": type("Scores", (), {"is_cuda": True})}
+
+    class NewMasks(Masks):
+        def adamw(self, lr, lam, capturable=False):  # type: ignore[no-untyped-def]
+            asked.append({"capturable": capturable})
+
+    class OldMasks(Masks):
+        def adamw(self, lr, lam):  # type: ignore[no-untyped-def]
+            asked.append({})
+
+    masks_adamw(NewMasks(), 0.1)
+    masks_adamw(OldMasks(), 0.1)
+    assert asked == [{"capturable": True}, {}]
+
+
+def test_rows_of_replayed_graphs_pass_their_check_and_a_stale_effective_weight_does_not(graphs_without_gpu) -> None:
+    settings = Settings(
+        timing=SHORT, baselines=("eager", "linear"), modes=("eager", "graph"), phases=("forward_backward", "step"),
+        say=pytest.fail, fail=pytest.fail,
+    )  # fmt: skip
+    made = runner.run_layer(SMALL, settings, Ceilings("cpu", SHORT))
+    assert {(r.phase, r.mode) for r in made} == {
+        (p, m) for p in ("forward_backward", "step") for m in ("eager", "graph")
+    }
+    assert all(r.gate <= 1 for r in made if r.contender != "linear")
+    assert all(r.peak_mb and r.ceiling_fraction and r.gflop and r.least_mb for r in made)
+
+    class Stale(Eager):
+        def forward(self):  # type: ignore[no-untyped-def]
+            m = torch.sigmoid(self.beta * self.case.scores) + 0 * self.trained
+            return self.product(self.x, self.weight * m), m.sum()
+
+    inputs = SMALL.build()
+    for contender, is_right in ((Ours(inputs), True), (Stale(inputs), False)):
+        replay = static_graph(contender.forward_backward, contender.leaves())
+        assert (runner.gate_replay(contender, replay, contender.x.grad, Eager(inputs)) <= 1) == is_right
+
+
+def test_a_models_step_passes_its_checks_and_wrong_ones_do_not(graphs_without_gpu) -> None:
+    settings = Settings(
+        timing=SHORT, models=("eager", "finetune", "finetune_amp", "ours"), modes=("graph",), say=pytest.fail,
+        fail=pytest.fail,
+    )  # fmt: skip
+    made = models.run_model(TINY_GPT2, settings, Ceilings("cpu", SHORT))
+    assert [r.contender for r in made] == ["eager", "finetune", "finetune_amp", "ours"]
+    assert all(r.gate is None or r.gate <= 1 for r in made)
+    ours = made[-1]
+    assert ours.x_finetune and ours.x_finetune_amp and ours.x_eager and ours.peak_mb and "tokens/s" in ours.note
+    assert f"{12 * 32 * 32 * 2} weights masked" in ours.note
+
+    class NoPenalty(models.Ours):
+        def make_optimizer(self):  # type: ignore[no-untyped-def]
+            return masks_adamw(self.masks, 0.0)
+
+    class HalfTheLayers(models.Ours):
+        def losses(self):  # type: ignore[no-untyped-def]
+            for scores in list(self.trained.values())[::2]:
+                scores.register_hook(lambda grad: grad * 0.5)
+            return super().losses()
+
+    base, x = TINY_GPT2.build("cpu")
+    trainers, eager, scores, gates = models.make_trainers(TINY_GPT2, Settings(models=("ours",)))
+    assert gates["ours"] <= 1
+    for wrong in (NoPenalty, HalfTheLayers):
+        trainer = wrong(TINY_GPT2, base, x, scores)
+        trainer.labels = eager.labels
+        assert models.gate_step(trainer, eager, scores) > 1, wrong
+    assert models.gate_replay(trainers[0], lambda: None, eager, scores) > 1  # a graph that does nothing
+
+
+def test_the_state_says_whether_a_case_fits_in_the_l2_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed(Ceilings):
+        def floor_s(self, flops, num_bytes, dtype):  # type: ignore[no-untyped-def]
+            return 1e-6
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: type("P", (), {"L2_cache_size": 1000}))
+    for working_set, state in ((1000, "l2-hot"), (1001, "beyond-l2")):
+        row = Row("layers", "a", "step", "ours", "graph", 1, 2.0, 1.0, 3.0)
+        runner.set_floor(row, Fixed("cuda", SHORT), 1e9, 2**20, torch.bfloat16, working_set)
+        assert (row.state, row.ceiling_fraction, row.gflop, row.least_mb) == (state, 0.5, 1.0, 1.0)
+    assert SMALL.working_set("step") - SMALL.working_set("forward_backward") == 8 * SMALL.num_weights
+
+
+def test_aims_are_met_missed_or_not_measured_and_the_table_stays_short() -> None:
+    wanted = [aims.Aim("a", "step", "x_eager", 1.5), aims.Aim("a", "step", "x_compile", 1.0)]
+    made = [
+        Row("layers", "a", "step", "ours", "eager", 1, 2.0, 1.0, 3.0, x_eager=9.0),
+        Row("layers", "a", "step", "ours", "graph", 1, 2.0, 1.0, 3.0, x_eager=1.4),
+        Row("layers", "a", "step", "ours", "graph", 1, 2.0, 1.0, 3.0, x_eager=1.6, x_compile=1.1),
+    ]
+    words = [line.split("  ")[0] for line in aims.verdicts(made, (*wanted, aims.Aim("b", "step", "x_mm", 0.8)))]
+    assert words == ["aim", "MISSED", "met", "not measured"]
+    many = aims.short_table(made * 40, tuple(wanted))
+    assert len(many) + len(aims.verdicts(made)) + 5 + gpu_check.NUM_FAILURES_SHOWN <= 60
+    assert all(len(line) <= 150 for line in many)
+
+
+def test_plots_are_made_from_files_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = [
+        Row("layers", f"linear_8x8_m{m}_bf16", "step", name, "graph", 3, 10.0 * m, 9.0, 11.0, x_eager=ratio,
+            gflop=0.1 * m, least_mb=1.0)
+        for m in (64, 256) for name, ratio in (("eager", None), ("ours", 1.5))
+    ]  # fmt: skip
+    env = rows.environment("cpu", 1, "wall", "abc")
+    rows.write_csv(tmp_path / "r.csv", made, env)
+    rows.write_json(tmp_path / "r.json", made, env, {"copy_4096mb_gb_s": 4000.0, "matmul_bfloat16_tflop_s": 700.0})
+    records, ceilings = plot.read(tmp_path / "r.csv")
+    assert records[1]["x_eager"] == 1.5 and records[0]["commit"] == "abc" and ceilings["copy_4096mb_gb_s"] == 4000
+    assert plot.main([str(tmp_path / "r.csv"), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["linear_over_m.png", "ratios.png", "roofline.png"]
+
+
+def test_a_dry_run_goes_through_the_parts_and_says_what_was_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = "conv,score_gradient,linear,resnet,kernels"
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path), "--parts", parts]) == 0
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert list(found["seconds"]) == ["score_gradient", "linear", "resnet", "kernels", "conv"]
+    with (tmp_path / "results.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert {r["suite"] for r in records} == {"kernels", "layers", "models"}
+    assert all(r["peak_mb"] and r["ceiling_fraction"] for r in records)
+    assert any(r["contender"] == "ours" and r["x_mm"] for r in records)
+    assert not (tmp_path / "state.json").exists()
+    last = capsys.readouterr().out.split("\n\n")[-1]
+    assert last.count("not measured") == len(aims.AIMS) and len(last.splitlines()) <= 60
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry-run", "--parts", "linear,everything"])
+
+
+def test_a_part_that_crashes_or_hangs_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+import os, sys, time
+from pathlib import Path
+from benchmarks import gpu_check, gpu_parts
+def fine(check): check.take([("fine", 0.5)])
+def crash(check): os._exit(7)
+def hang(check): time.sleep(99)
+gpu_parts.PARTS = tuple(gpu_parts.Part(f.__name__, f, 0, s) for f, s in ((crash, 99), (hang, 0.5), (fine, 99)))
+check = gpu_check.Check(Path(sys.argv[1]), "cpu", 0, time.time() + 99)
+check.load()
+gpu_check.run_parts(check, sys.argv[2].split(","))
+"""
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0.0)
+    check = gpu_check.Check(tmp_path, "cpu", 0, time.time() + 60)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    gpu_check.supervise(check, ["crash", "hang", "fine"], lambda names: [*command, ",".join(names)])
+    assert check.failed == [
+        "crash: its process ended with exit code 7", "hang: took too long and was stopped",
+    ]  # fmt: skip
+    assert [name for name, _ in check.checks] == ["fine"] and check.done == ["crash", "hang", "fine"]

@@ -1,0 +1,74 @@
+"""What the GPU kernels aim at, as data, and the short table that says what was reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .rows import Row, aligned
+
+WIDTH = 150  # characters a line of the short table
+ROW_LIMIT = 32
+COLUMNS = ("eager", "compile", "compile_max", "linear", "finetune", "finetune_amp", "mm")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """``column`` of ours' row must be at least ``least``; bf16, CUDA graphs, one run on an H200."""
+
+    case: str
+    phase: str
+    column: str
+    least: float
+    contender: str = "ours"
+    mode: str = "graph"
+
+    def value(self, rows: list[Row]) -> float | None:
+        """What a run reached; None if it has no such row."""
+        for row in rows:
+            if (row.case, row.phase, row.contender, row.mode) == (self.case, self.phase, self.contender, self.mode):
+                if (value := getattr(row, self.column)) is not None:
+                    return value
+        return None
+
+
+AIMS = (
+    Aim("linear_768x3072_m1024_bf16", "step", "x_eager", 2.5),
+    Aim("linear_768x3072_m1024_bf16", "step", "x_compile", 1.2),
+    Aim("linear_768x3072_m10240_bf16", "step", "x_eager", 1.3),
+    Aim("linear_768x3072_m10240_bf16", "step", "x_compile", 1.05),
+    Aim("linear_4096x11008_m4096_bf16", "step", "x_eager", 1.5),
+    Aim("linear_4096x11008_m4096_bf16", "step", "x_compile", 1.1),
+    Aim("gpt2_4x64", "step", "x_finetune", 1 / 1.05),
+    Aim("gpt2_4x64", "step", "x_compile", 1.5),
+    Aim("gpt2_8x1024", "step", "x_finetune", 1 / 1.05),
+    Aim("resnet18_b256", "step", "x_finetune", 1 / 1.05),
+    Aim("score_gradient_4096x11008_m4096_bf16", "forward", "x_mm", 0.85),
+)
+
+
+def verdicts(rows: list[Row], aims: tuple[Aim, ...] = AIMS) -> list[str]:
+    """A line per aim: met, MISSED, or not measured."""
+    lines = [("aim", "case", "phase", "ratio", "least", "reached")]
+    for aim in aims:
+        value = aim.value(rows)
+        word = "not measured" if value is None else "met" if value >= aim.least else "MISSED"
+        reached = "" if value is None else f"{value:.3f}"
+        lines.append((word, aim.case, f"{aim.phase} ({aim.mode})", aim.column, f"{aim.least:.3f}", reached))
+    return aligned(lines, 4).splitlines()
+
+
+def short_table(rows: list[Row], aims: tuple[Aim, ...] = AIMS) -> list[str]:
+    """The rows of ours that the aims name, in both modes, within the limits of a short answer."""
+    named = {(aim.case, aim.phase) for aim in aims}
+    lines = [("case", "phase", "contender", "us", *(f"x_{name}" for name in COLUMNS), "gate", "ceiling", "peak MB",
+              "state")]  # fmt: skip
+    chosen = [row for row in rows if (row.case, row.phase) in named and row.contender.startswith("ours")]
+    for row in sorted(chosen, key=lambda row: row.mode != "graph")[:ROW_LIMIT]:
+        numbers = [getattr(row, f"x_{name}") for name in COLUMNS]
+        numbers += [row.gate, row.ceiling_fraction]
+        lines.append((
+            row.case, f"{row.phase} ({row.mode})", row.contender, f"{row.median_us:.1f}",
+            *("" if n is None else f"{n:.2f}" for n in numbers), f"{row.peak_mb or 0:.0f}", row.state,
+        ))  # fmt: skip
+    table = aligned(lines).splitlines() if len(lines) > 1 else ["no row of ours that an aim names"]
+    return [line[:WIDTH] for line in table]

@@ -1,0 +1,251 @@
+"""The parts of gpu_check, in the order in which they run: what each checks or measures, and what it may cost."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import cases, gpu_correctness
+from .models import MODEL_CASES, run_model
+from .rows import Row
+from .runner import Settings, free_memory, run_kernel, run_layer
+from .timing import TimingConfig
+
+if TYPE_CHECKING:
+    from .gpu_check import Check
+
+TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
+COMPILED_LINEAR = ("768x3072_m1024", "768x3072_m10240", "4096x11008_m4096", "512x128_m10240")  # those with aims first
+
+
+def build(check: Check) -> None:
+    """The extension, in place."""
+    if check.device == "cpu":
+        (check.out / "build.log").write_text("dry run: nothing is built\n")
+        return check.skip("build", "dry run")
+    code = check.run([sys.executable, "setup.py", "build_ext", "--inplace"], "build.log", 240)
+    if code != 0:
+        check.fail(f"build: {'took over 240 s' if code is None else f'exit code {code}'}, see build.log")
+    from subnet_kernels.backends.native import has_cuda_kernels, load_error
+
+    if load_error() is not None:
+        check.fail(f"build: {load_error()}")
+    elif not has_cuda_kernels():
+        check.fail("build: the extension has no CUDA kernels (was nvcc found? see build.log)")
+
+
+def correctness(check: Check) -> None:
+    """Every op of every backend against fp64, on fresh random inputs and outputs filled with NaN."""
+    check.say("  reference backend")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is meant
+        check.take(gpu_correctness.reference_checks(check.device, check.seed))
+    check.say("  the extension's effective weights")
+    backend = "cuda" if check.device == "cuda" else "cpu"
+    check.take(gpu_correctness.effective_weights_checks(backend, check.device, check.seed))
+    if check.device == "cpu":
+        return check.skip("graph replay, refusals and the triton backend", "dry run")
+    check.take(gpu_correctness.refusal_check(check.device))
+    check.take(gpu_correctness.graph_check("cuda", check.device, check.seed))
+    check.say("  triton backend")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check.take(gpu_correctness.triton_checks(check.device, check.seed))
+    check.take(gpu_correctness.effective_weights_checks("triton", check.device, check.seed))
+    check.take(gpu_correctness.graph_check("triton", check.device, check.seed))
+
+
+def sanitizer(check: Check) -> None:
+    """compute-sanitizer memcheck over the kernel's checks."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or check.device == "cpu":
+        return check.skip("compute-sanitizer", "dry run" if check.device == "cpu" else "it is not installed")
+    script = [sys.executable, "-m", "benchmarks.gpu_parts", str(check.seed)]
+    code = check.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *script], "tests.log", 120)
+    log = (check.out / "tests.log").read_text()
+    if code is None:
+        check.skip("compute-sanitizer", "it took over 120 s")
+    elif "Device not supported" in log:
+        check.skip("compute-sanitizer", "it does not support this device")
+    elif code != 0:
+        check.fail(f"compute-sanitizer memcheck: exit code {code}, see tests.log")
+    else:
+        check.say("  memcheck found nothing")
+
+
+def tests(check: Check) -> None:
+    """The tests marked gpu."""
+    if find_spec("pytest") is None:
+        return check.skip("tests", "pytest is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels"]
+    code = check.run(command, "tests.log", 120)
+    if code == 5:
+        check.skip("tests", "none is marked gpu")
+    elif code is None:
+        check.skip("tests", "they took over 120 s, see tests.log")
+    elif code != 0:
+        check.fail(f"tests: pytest's exit code {code}, see tests.log")
+    else:
+        check.say("  passed")
+
+
+def ceilings(check: Check) -> None:
+    """Copy bandwidth (large, beyond the cache; and of a layer's size) and product rates."""
+    for num_bytes in (1 << 32 if check.device == "cuda" else 1 << 27, 1 << 24):
+        check.ceilings.bytes_per_s(num_bytes)
+    for dtype in (torch.bfloat16, torch.float32):
+        check.ceilings.flops_per_s(dtype)
+    for name, value in check.ceilings.known().items():
+        check.say(f"  {name} {value:.4g}")
+
+
+def _time_each(check: Check, jobs: list[tuple[Any, Callable[[], list[Row]]]], least_s: float = 15) -> None:
+    """Run the jobs while the part has time; what does not run is said, what raises is said and the rest goes on."""
+    for case, job in jobs:
+        if check.left_s() < least_s and check.device == "cuda":
+            check.skip(case.name, "no time left")
+            continue
+        try:
+            check.rows += job()
+        except Exception as error:
+            check.fail(f"{case.name}: {type(error).__name__}: {error}")
+        free_memory(check.device)
+        check.say(f"  {case.name}: {check.left_s():.0f} s left to this part")
+        check.save()
+
+
+def _settings(check: Check, *more: str) -> Settings:
+    """Everything that needs no compiler; ``more`` names further baselines."""
+    is_gpu = check.device == "cuda"
+    found = ("neurosurgeon",) if find_spec("NeuroSurgeon") else ()
+    plans = ("ours_fused", "ours_cached") if is_gpu else ()
+    return Settings(
+        check.device, TIMING if is_gpu else DRY_TIMING, ("eager", *more, "linear", *found), ("ours", "ours_op", *plans),
+        ("eager", *more, "finetune", "finetune_amp", "ours"), modes=("eager", "graph") if is_gpu else ("eager",),
+        say=lambda text: check.say(f"  {text}"), fail=check.fail,
+    )  # fmt: skip
+
+
+def _layers(check: Check, chosen: list[cases.LayerCase], settings: Settings) -> None:
+    _time_each(check, [(c, lambda c=c: run_layer(c, settings, check.ceilings)) for c in chosen])
+
+
+def _kernels(check: Check, chosen: list[cases.KernelCase], settings: Settings) -> None:
+    _time_each(check, [(c, lambda c=c: run_kernel(c, settings, check.ceilings)) for c in chosen])
+
+
+def _models(check: Check, settings: dict[str, Settings]) -> None:
+    jobs = [(c, lambda c=c: run_model(c, settings[c.name], check.ceilings)) for c in MODEL_CASES if c.name in settings]
+    _time_each(check, jobs, 40)
+
+
+def score_gradient(check: Check) -> None:
+    """The score gradient inside its product, as product and pass, and the vendor's product alone."""
+    chosen = cases.SCORE_GRADIENT_CASES
+    if check.device == "cpu":
+        chosen = [cases.KernelCase("score_gradient", ((40, 24),), "bf16", num_tokens=16)]
+    _kernels(check, chosen, _settings(check, *(("compile",) if check.device == "cuda" else ())))
+
+
+def linear(check: Check) -> None:
+    """Linear layers at the named shapes, launched and as CUDA graphs; compiled where an aim asks for it."""
+    if check.device == "cpu":
+        return _layers(check, [TINY_LINEAR], _settings(check))
+    is_compiled = {c.name: any(part in c.name for part in COMPILED_LINEAR) for c in cases.GPU_LINEAR_CASES}
+    for wants in (True, False):
+        chosen = [c for c in cases.GPU_LINEAR_CASES if is_compiled[c.name] == wants and c.dtype == "bf16"]
+        _layers(check, chosen, _settings(check, *(("compile",) if wants else ())))
+
+
+def gpt2(check: Check) -> None:
+    """A step of GPT-2 small; compiled at the smaller batch."""
+    if check.device == "cpu":
+        return _models(check, {"gpt2_tiny_2x16": _settings(check)})
+    _models(check, {"gpt2_4x64": _settings(check, "compile"), "gpt2_8x1024": _settings(check)})
+
+
+def resnet(check: Check) -> None:
+    """A step of ResNet-18."""
+    name, more = ("resnet18_tiny_b2", ()) if check.device == "cpu" else ("resnet18_b256", ("compile",))
+    _models(check, {name: _settings(check, *more)})
+
+
+def conv(check: Check) -> None:
+    """ResNet-18's convolutions, channels_last first; not compiled: the model's step is."""
+    chosen = cases.GPU_CONV_CASES
+    if check.device == "cpu":
+        chosen = [
+            cases.LayerCase((8, 4, 3, 3), (2, 4, 6, 6), "bf16", {"padding": 1}, is_last) for is_last in (True, False)
+        ]
+    _layers(check, chosen, _settings(check))
+
+
+def kernels(check: Check) -> None:
+    """effective_weights, effective_weight and the flat score gradient alone."""
+    chosen = [c for c in cases.KERNEL_CASES if c.op.startswith(("effective_weight", "grad_scores"))]
+    if check.device == "cpu":
+        chosen = cases.select(chosen, ["weight_512x128"], quick=True)
+    _kernels(check, chosen, _settings(check, *(("compile",) if check.device == "cuda" else ())))
+
+
+def more(check: Check) -> None:
+    """What compiles for long: the models again with ours compiled too, the other linear layers, max-autotune."""
+    if check.device == "cpu":
+        return _layers(check, [TINY_LINEAR], replace(_settings(check, "compile", "compile_max"), phases=("forward",)))
+    with_ours = _settings(check, "compile", "ours_compile")
+    steps = replace(_settings(check, "compile", "compile_max"), phases=("step",), modes=("graph",))
+    named = [c for c in cases.GPU_LINEAR_CASES if any(part in c.name for part in COMPILED_LINEAR)]
+    _models(check, {"gpt2_4x64": with_ours})
+    _layers(check, named, steps)
+    _models(check, {"gpt2_8x1024": with_ours, "resnet18_b256": with_ours})
+    rest = [c for c in cases.GPU_LINEAR_CASES if c not in named]
+    _layers(check, rest, replace(steps, baselines=("eager", "compile")))
+
+
+TINY_LINEAR = cases.LayerCase((40, 24), (16, 24), "bf16")
+DRY_TIMING = TimingConfig(num_rounds=3, min_rounds=3, budget_s=0.5)
+
+
+@dataclass(frozen=True)
+class Part:
+    """least_s: what must be left for it to start; most_s: what it may take."""
+
+    name: str
+    run: Callable[[Check], None]
+    least_s: float
+    most_s: float
+
+
+PARTS = (
+    Part("build", build, 0, 260),
+    Part("correctness", correctness, 20, 150),
+    Part("ceilings", ceilings, 10, 30),
+    Part("score_gradient", score_gradient, 15, 60),
+    Part("linear", linear, 20, 130),
+    Part("gpt2", gpt2, 40, 150),
+    Part("resnet", resnet, 40, 90),
+    Part("kernels", kernels, 20, 60),
+    Part("conv", conv, 20, 60),
+    Part("more", more, 40, 300),
+    Part("tests", tests, 60, 130),
+    Part("sanitizer", sanitizer, 60, 130),
+)
+
+
+def sanitizer_script(seed: int) -> int:
+    """What runs under compute-sanitizer: the kernels' checks, small."""
+    checks = [
+        *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
+        *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
+    ]
+    worst = max(ratio for _, ratio in checks)
+    print(f"worst error {worst:.3g} of the allowed one")
+    return 0 if worst <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(sanitizer_script(int(sys.argv[1])))
