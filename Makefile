@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 OUT ?= runs/gpu-check
+PARTS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 # where there is a C++ compiler, a missing extension is a failure, not a reason to skip its tests
@@ -20,7 +21,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make bench      the benchmarks, against eager PyTorch, torch.compile, nn.Linear and NeuroSurgeon"
 	@echo "make docs       check that the code in the docs runs and that their links lead somewhere"
-	@echo "make gpu-check  build, test and measure on a GPU machine; results in OUT=folder"
+	@echo "make gpu-check  build, test and measure on a GPU machine; results in OUT=folder, PARTS=some,parts"
 
 setup: .venv/.done
 
@@ -60,7 +61,7 @@ docs: setup
 	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py
 
 gpu-check:
-	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --parts "$(PARTS)"
 
 clean:
 	rm -rf build dist *.egg-info subnet_kernels/_C.abi3.so .venv/.done

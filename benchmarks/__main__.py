@@ -40,12 +40,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time (busy machine, one thread)")
     add("--quick", action="store_true", help="small cases, few rounds, no torch.compile")
     add("--out", type=Path, nargs="+", default=[], help="files to write: .csv, .json, .png (a plot)")
+    add("--tune", action="store_true", help="instead: time the tiles of the Triton products, write this GPU's table")
     add("--record", action="store_true", help="write benchmarks/results/<device>/<suite>_<n>threads.csv and .json")
     args = parser.parse_args(argv)
     if any(path.suffix not in (".csv", ".json", ".png") for path in args.out):
         parser.error(f"--out takes names that end in .csv, .json or .png, got {' '.join(map(str, args.out))}")
+    if args.tune:
+        args.device = "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no GPU")
+        parser.error(f"{'--tune' if args.tune else '--device cuda'}: this torch sees no GPU")
     if "graph" in args.mode and args.device != "cuda":
         parser.error("--mode graph needs --device cuda")
     if args.threads and min(args.threads) < 1:
@@ -144,6 +147,10 @@ def run_once(args: argparse.Namespace, num_threads: int) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 0 if every check of ours passed, else 1."""
     args = parse(argv)
+    if args.tune:
+        from .tune import run as tune
+
+        return tune(cases.select(cases.GPU_LINEAR_CASES, args.shapes, args.quick), _say)
     before = torch.get_num_threads()
     try:
         return 0 if all([run_once(args, n) for n in args.threads or [before]]) else 1

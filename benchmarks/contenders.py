@@ -7,7 +7,6 @@ every masked one's backward pass includes the penalty's gradient.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,15 +33,13 @@ def fused_adamw(trained: list[Tensor]) -> torch.optim.Optimizer:
 
 def masks_adamw(masks: Any, lam: float) -> torch.optim.Optimizer:
     """Ours, likewise where ``masks.adamw`` can be."""
-    is_cuda = next(iter(masks.scores().values())).is_cuda
-    takes_it = "capturable" in inspect.signature(masks.adamw).parameters
-    return masks.adamw(lr=LR, lam=lam, **({"capturable": True} if is_cuda and takes_it else {}))
+    return masks.adamw(lr=LR, lam=lam, capturable=masks.is_on_gpu)
 
 
 def check_capturable(optimizer: torch.optim.Optimizer | None) -> None:
     """Raises Skipped where a CUDA graph can't hold the optimizer's step."""
     if optimizer is not None and not all(group.get("capturable") for group in optimizer.param_groups):
-        raise Skipped(f"{type(optimizer).__name__} is not capturable (masks.adamw takes no capturable=True here)")
+        raise Skipped(f"{type(optimizer).__name__} is not capturable")
 
 
 class Contender:

@@ -7,7 +7,9 @@ its worst error as a multiple of the allowed one (testing.error_bound): above 1 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,17 +80,33 @@ def triton_checks(
             linears["scores only"] = scores_only
             for label, case in linears.items():
                 yield f"triton, linear, {plan}, {label}, {name}", max(testing.worst_errors(case, op).values())
-        op = functools.partial(testing.ours, backend="triton")
-        for label, shape in {"row": (12, 1), "column": (1, 20), "block": (3, 5), "one score": (1, 1)}.items():
-            case = testing.linear_case(7, 12, 20, dtype, scores_shape=shape, seed=seed, device=device)
-            yield f"triton, linear, {label}, {name}", max(testing.worst_errors(case, op).values())
-        for label, case in {
-            "3x3": testing.conv_case((2, 8, 9, 9), (6, 8, 3, 3), dtype, padding=1, seed=seed, device=device),
-            "groups, channels_last": testing.conv_case(
-                (2, 8, 9, 9), (6, 4, 3, 3), dtype, groups=2, is_channels_last=True, seed=seed, device=device
-            ),
-        }.items():
-            yield f"triton, conv, {label}, {name}", max(testing.worst_errors(case, op).values())
+        for plan in ("cached", "fused"):
+            op = functools.partial(testing.ours, backend="triton", plan=plan)
+            for label, shape in {"row": (12, 1), "column": (1, 20), "block": (3, 5), "one score": (1, 1)}.items():
+                case = testing.linear_case(7, 12, 20, dtype, scores_shape=shape, seed=seed, device=device)
+                yield f"triton, linear, {plan}, {label}, {name}", max(testing.worst_errors(case, op).values())
+            for label, case in conv_cases(dtype, seed, device, is_large).items():
+                yield f"triton, conv, {plan}, {label}, {name}", max(testing.worst_errors(case, op).values())
+
+
+def conv_cases(dtype: torch.dtype, seed: int, device: str, is_large: bool) -> dict[str, testing.Case]:
+    """Convolutions in both memory formats: padded, strided, dilated, in groups, 1x1, with scores per filter."""
+    geometries: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int], dict[str, Any]]] = {
+        "3x3": ((2, 8, 9, 9), (6, 8, 3, 3), {"padding": 1}),
+        "groups": ((2, 8, 9, 9), (6, 4, 3, 3), {"groups": 2, "stride": 2}),
+        "dilated": ((2, 3, 11, 10), (5, 3, 2, 3), {"dilation": (2, 3), "padding": (0, 2)}),
+        "1x1": ((2, 9, 5, 6), (7, 9, 1, 1), {}),
+        "filters": ((2, 8, 9, 9), (6, 8, 3, 3), {"scores_shape": (6, 1, 1, 1)}),
+    }
+    if is_large:
+        geometries["64 channels"] = ((16, 64, 28, 28), (128, 64, 3, 3), {"padding": 1, "stride": 2})
+        geometries["7x7"] = ((8, 3, 64, 64), (64, 3, 7, 7), {"padding": 3, "stride": 2})
+    return {
+        label + layout: testing.conv_case(
+            x, weight, dtype, is_channels_last=bool(layout), seed=seed, device=device, **rest
+        )
+        for label, (x, weight, rest) in geometries.items() for layout in ("", ", channels_last")
+    }  # fmt: skip
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
@@ -206,3 +224,18 @@ def refusal_check(device: str) -> Iterator[Check]:
         yield "cuda refuses coarse scores", float("inf")
     except BackendRefused:
         yield "cuda refuses coarse scores", 0.0
+
+
+def main() -> int:
+    """``TRITON_INTERPRET=1 python -m benchmarks.gpu_correctness`` (on a GPU without the switch): a line per check of
+    the Triton backend, error as a multiple of the allowed one; 1 if one is above 1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    worst = 0.0
+    for name, ratio in triton_checks(device, 0, is_large=device == "cuda"):
+        print(f"{ratio:6.3f}  {name}", flush=True)
+        worst = max(worst, ratio)
+    return 0 if worst <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

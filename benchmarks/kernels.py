@@ -6,7 +6,6 @@ Elementwise passes, and the score gradient with its product, whose ceiling is th
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -201,8 +200,7 @@ def _score_gradient(case: KernelCase, device: str) -> Problem:
         "ours": lambda: ours(backend.linear_grad_scores),
         "ours_flat": lambda: ours(functools.partial(Backend.linear_grad_scores, backend)),
     }  # fmt: skip
-    takes_it = "is_fused" in inspect.signature(Backend.linear_grad_scores).parameters
-    if backend.name == "triton" and takes_it:  # also where dispatch takes the vendor's product: is its limit right?
+    if backend.name == "triton":  # also where dispatch takes the vendor's product: is its limit right?
         functions["ours_fused"] = lambda: ours(functools.partial(backend.linear_grad_scores, is_fused=True))
     num_bytes = (m * n + m * k + n * k) * dtype.itemsize + n * k * 8
     return Problem(functions, truth, num_bytes, lambda i: dtype, f"backend {backend.name}", 2.0 * m * n * k)

@@ -207,7 +207,9 @@ class FinetuneAmp(Finetune):
 
 
 class Ours(Trainer):
-    """``masks = mask_model(model); optimizer = masks.adamw(lr, lam=lam)``; beta stays, as a captured schedule would."""
+    """``masks = mask_model(model); optimizer = masks.adamw(lr, lam=lam); masks.anneal(...)``, on a GPU with all
+    effective weights made in one launch and, for convolutions, all score gradients in another. The schedule runs, from
+    one beta to the same one, so that the others' masks stay comparable."""
 
     name = "ours"
 
@@ -216,11 +218,18 @@ class Ours(Trainer):
 
         init = {f"{name}.weight": value for name, value in scores.items()}
         self.masks = mask_model(self.model, self.case.targets, init=init)
-        self.masks.beta = BETA
+        self.masks.anneal(start=BETA, to=BETA, steps=1, on_device=self.masks.is_on_gpu)
         return {name.removesuffix(".scores"): value for name, value in self.masks.scores().items()}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return masks_adamw(self.masks, LAM)
+
+    def backward(self) -> None:
+        if not self.masks.is_on_gpu:
+            return super().backward()
+        self.masks.refresh()
+        with self.masks.batch_score_gradients():
+            super().backward()
 
 
 class OursCompiled(Ours):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subnet_kernels.capturing import capture_scope
+
 Function = Callable[[], object]
 
 
@@ -101,16 +103,22 @@ def time_interleaved(functions: dict[str, Function], device: str, config: Timing
 def as_cuda_graph(function: Function, leaves: Iterable[Tensor] = (), num_warmups: int = 3) -> Function:
     """Capture ``function`` once and return its replay: what it costs without Python and launch gaps. ``leaves`` lose
     their gradients before, so that the captured backward pass allocates them where every replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(num_warmups):
+    with capture_scope() as kept:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(num_warmups):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for leaf in leaves:
+            leaf.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    for leaf in leaves:
-        leaf.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return kept  # lives with this function
+
+    return replay

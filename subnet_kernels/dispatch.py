@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ def choose_for(
     )  # fmt: skip
 
 
-def describe(call: Call, name: str | None = None) -> str:
-    """The decision for ``call`` in words, one line per backend."""
+def describe(call: Call, name: str | None = None, plan_of: Callable[[Backend], str] | None = None) -> str:
+    """The decision for ``call`` in words, one line per backend. plan_of: the plan that a backend would choose."""
     name = name or _forced.get()
     order = list(_ORDER.get(call.device, _OTHER_DEVICES))
     candidates = order if name is None else [BACKENDS[_check_name(name)]]
@@ -129,7 +129,7 @@ def describe(call: Call, name: str | None = None) -> str:
     for backend in others:
         why = f"does not serve {call.device}" if name is None else f"{name!r} was asked for by name"
         lines.append(f"  {backend.name}: not tried: {why}")
-    plan = call.plan or "cached"
+    plan = plan_of(chosen) if chosen and plan_of else call.plan or "cached"
     head = f"{call.op} on {call.device}: " + (
         f"backend {chosen.name}, plan {plan}" if chosen else "no backend runs it (the call would raise)"
     )

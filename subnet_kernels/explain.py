@@ -52,4 +52,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     note = ""
     if weight.shape == scores.shape and weight.stride() != scores.stride():
         note = "\n  note: scores have other strides than weight and are copied at every call; give them weight's"
-    return describe(call, kwargs.get("backend")) + note
+    x, plan = given.get("x"), kwargs.get("plan")
+    plan_of = None if x is None else lambda backend: backend.plan_of(op, x, weight, plan)
+    return describe(call, kwargs.get("backend"), plan_of) + note

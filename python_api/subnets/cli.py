@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"subnets {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
+    if getattr(module, "PASSES_ARGUMENTS_ON", False) and rest[:1] not in (["-h"], ["--help"]):
+        rest = ["--", *rest]
     try:
         args = parser.parse_args(rest)
     except SystemExit as stop:

@@ -410,6 +410,9 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
     monkeypatch.setattr(products.TritonKernels, "_masked_product", lambda *a: (used.append(1), product(*a))[1])
     monkeypatch.setattr(rules, "chip", lambda device: on)
     built = case.build(DEVICE)
+    assert "backend triton, plan fused" in sk.explain(
+        "masked_linear", built.x, built.weight, built.scores, 3.0, backend="triton"
+    )
     check(built)
     assert used
     rules.table.cache_clear()

@@ -15,6 +15,7 @@ if TritonBackend._is_interpreted():
 
 import triton
 
+from subnet_kernels.backends.triton import convolution, elementwise, masked_product, score_gradient, units
 from tests.kernels.triton_ahead import ARCHS, MASKED, ODD, SHARED_LIMIT, builds, compile_ahead, read_table
 
 BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
@@ -35,6 +36,12 @@ def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, 
     committed = [r for r in read_table() if (r["kernel"], r["dtype"], r["arch"]) == (row.kernel, row.dtype, str(arch))]
     now = {key: str(value) for key, value in asdict(row).items()}
     assert committed == [now], "run `python -m tests.kernels.triton_ahead` and commit the table if this was meant"
+
+
+def test_no_kernel_is_left_out():
+    modules = (convolution, elementwise, masked_product, score_gradient, units)
+    written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert written == {build.kernel.__name__ for build in BUILDS.values()}
 
 
 def test_the_table_holds_nothing_else():

@@ -70,6 +70,8 @@ def builds() -> Iterator[Build]:
         yield Build(elementwise.effective_weight_kernel, "", dtype, {**flat, "KIND": 0}, warps)
         many = {**flat, "KIND": 0, "W_DTYPE": tl, "O_DTYPE": tl, "IS_ALIGNED": True}
         yield Build(elementwise.effective_weights_kernel, "", dtype, many, warps)
+        many = {**flat, "KIND": 0, "G_DTYPE": tl, "W_DTYPE": tl, "IS_ALIGNED": True}
+        yield Build(elementwise.grad_scores_of_many_kernel, "", dtype, many, warps)
         yield Build(units.effective_weight_unit_kernel, "", dtype, {**flat, "KIND": 0}, warps)
         sums = configs.SCORE_SUMS
         yield Build(units.score_sums_kernel, "", dtype, {"BLOCK": sums.block}, sums.num_warps)

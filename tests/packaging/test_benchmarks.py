@@ -280,23 +280,16 @@ def test_an_optimizer_that_no_graph_can_hold_is_refused_and_ours_asks_for_one_th
     with pytest.raises(Skipped, match="AdamW is not capturable"):
         check_capturable(torch.optim.AdamW([scores]))
     check_capturable(torch.optim.AdamW([scores], capturable=True))
-    asked: list[dict] = []
+    asked = []
 
     class Masks:
-        def scores(self):  # type: ignore[no-untyped-def]
-            return {"scores": type("Scores", (), {"is_cuda": True})}
+        is_on_gpu = True
 
-    class NewMasks(Masks):
-        def adamw(self, lr, lam, capturable=False):  # type: ignore[no-untyped-def]
-            asked.append({"capturable": capturable})
+        def adamw(self, lr, lam, capturable):  # type: ignore[no-untyped-def]
+            asked.append(capturable)
 
-    class OldMasks(Masks):
-        def adamw(self, lr, lam):  # type: ignore[no-untyped-def]
-            asked.append({})
-
-    masks_adamw(NewMasks(), 0.1)
-    masks_adamw(OldMasks(), 0.1)
-    assert asked == [{"capturable": True}, {}]
+    masks_adamw(Masks(), 0.1)
+    assert asked == [True]
 
 
 def test_rows_of_replayed_graphs_pass_their_check_and_a_stale_effective_weight_does_not(graphs_without_gpu) -> None:
@@ -437,3 +430,13 @@ gpu_check.run_parts(check, sys.argv[2].split(","))
         "crash: its process ended with exit code 7", "hang: took too long and was stopped",
     ]  # fmt: skip
     assert [name for name, _ in check.checks] == ["fine"] and check.done == ["crash", "hang", "fine"]
+
+
+def test_the_command_hands_its_options_on_and_tuning_without_a_gpu_is_refused_in_words(capsys) -> None:
+    from subnets.cli import main as command
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stop:
+        command(["bench", "--tune"])
+    assert stop.value.code == 2 and "--tune: this torch sees no GPU" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
+PASSES_ARGUMENTS_ON = True  # also those that begin with a dash
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for python -m benchmarks")

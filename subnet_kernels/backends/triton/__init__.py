@@ -90,6 +90,6 @@ def _hand_over(name: str) -> Any:
 
 for _name in (
     "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
-    "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d", "masked_conv2d_backward",
+    "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d", "masked_conv2d_backward",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

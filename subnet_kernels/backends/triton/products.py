@@ -72,6 +72,10 @@ class TritonKernels(TritonElementwise):
             return not keeps_w_eff(plan) and rules.has_room(on)
         return rules.fuses_product(x.dtype, x.numel() // max(k, 1), n, k, on)
 
+    def plan_of(self, op: str, x: Tensor, weight: Tensor, plan: str | None) -> str:
+        is_fused = plan is None and op == "masked_linear" and self.fuses(x, weight, plan)
+        return "fused" if is_fused else plan or "cached"
+
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
@@ -144,7 +148,7 @@ class TritonKernels(TritonElementwise):
     ) -> tuple[Tensor, Tensor | None] | None:
         """(grad_scores, grad_weight) of contiguous weights; None where the vendor's product is the faster way."""
         (m, n), k = grad_out.shape, x.shape[1]
-        is_plain = weight.dtype == x.dtype and k % 16 == 0 and not needs_weight
+        is_plain = weight.dtype == x.dtype and n % 16 == 0 and k % 16 == 0 and not needs_weight
         choose = rules.fastest_score_gradient if must_fuse else rules.score_gradient
         chosen = choose(x.dtype, m, n, k, is_plain, rules.chip(x.device))
         if chosen is None:

@@ -141,8 +141,8 @@ def score_gradient(
     dtype: torch.dtype, m: int, n: int, k: int, is_plain: bool, on: Chip
 ) -> tuple[Gemm, int] | None:
     """(tiles, parts of the sum) of the score gradient inside its product, or None where the vendor's product and one
-    pass over it are the faster way: measured, else by the model. is_plain: one result, weight in x's dtype, rows of a
-    multiple of 16 weights. Products of fp32 go to the vendor: Triton's, without TF32, use no tensor cores."""
+    pass over it are the faster way: measured, else by the model. is_plain: one result, weight in x's dtype, N and K
+    multiples of 16. Products of fp32 go to the vendor: Triton's, without TF32, use no tensor cores."""
     if dtype.itemsize != 2:
         return None
     known = measured("score_gradient", dtype, m, n, k, on)
