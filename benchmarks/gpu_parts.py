@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import cases, gpu_correctness
-from .models import MODEL_CASES, run_model
+from .models import MODEL_CASES, make_trainers, run_model
 from .rows import Row
 from .runner import Settings, free_memory, run_kernel, run_layer
 from .timing import TimingConfig
@@ -174,6 +174,26 @@ def resnet(check: Check) -> None:
     _models(check, {name: _settings(check, *more)})
 
 
+def profile(check: Check) -> None:
+    """Where a step of GPT-2 small and of ResNet-18 spends its time: torch's profiler, kernel by kernel."""
+    names = ("gpt2_4x64", "resnet18_b256") if check.device == "cuda" else ("gpt2_tiny_2x16",)
+    tables = []
+    for case in (c for c in MODEL_CASES if c.name in names):
+        trainers, *_ = make_trainers(case, replace(_settings(check), models=("ours", "finetune_amp")))
+        for trainer in trainers:
+            activity = torch.profiler.ProfilerActivity
+            with torch.profiler.profile(activities=[getattr(activity, check.device.upper())]) as profiler:
+                for _ in range(3):
+                    trainer.step()
+                if check.device == "cuda":
+                    torch.cuda.synchronize()
+            table = profiler.key_averages().table(f"self_{check.device}_time_total", row_limit=40)
+            tables.append(f"{case.name} {trainer.name}, 3 steps, launched\n{table}")
+        del trainers
+        free_memory(check.device)
+    (check.out / "profile.txt").write_text("\n\n".join(tables) + "\n")
+
+
 def conv(check: Check) -> None:
     """ResNet-18's convolutions, channels_last first; not compiled: the model's step is."""
     chosen = cases.GPU_CONV_CASES
@@ -228,6 +248,7 @@ PARTS = (
     Part("linear", linear, 20, 130),
     Part("gpt2", gpt2, 40, 150),
     Part("resnet", resnet, 40, 90),
+    Part("profile", profile, 40, 60),
     Part("kernels", kernels, 20, 60),
     Part("conv", conv, 20, 60),
     Part("more", more, 40, 300),

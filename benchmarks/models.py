@@ -180,20 +180,18 @@ class Compiled(Eager):
 
 
 class Finetune(Trainer):
-    """No mask: the same weights are trained themselves, in bf16, moments in bf16."""
+    """Full fine-tuning: no mask, every parameter of the network is trained, all in bf16, the moments too (few do so:
+    steps below a weight's rounding are lost)."""
 
     name = "finetune"
     is_masked = False
 
     def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights = {name: self.model.get_submodule(name).weight for name in scores}
-        for weight in weights.values():
-            weight.requires_grad_()
-        return weights  # type: ignore[return-value]
+        return dict(self.model.requires_grad_(True).named_parameters())
 
 
 class FinetuneAmp(Finetune):
-    """The same with fp32 weights and moments under autocast, as mixed precision training is usually done."""
+    """The same with fp32 weights and moments under autocast to bf16, as mixed precision training is usually done."""
 
     name = "finetune_amp"
 

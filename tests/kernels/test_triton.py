@@ -416,3 +416,19 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
     check(built)
     assert used
     rules.table.cache_clear()
+
+
+def test_offsets_beyond_32_bits_are_addressed(tmp_path):
+    if DEVICE == "cuda":
+        far = torch.zeros(2**31 + 4096, dtype=torch.float16, device=DEVICE)
+    else:  # a sparse file: pages that are not touched need no memory
+        far = torch.from_file(str(tmp_path / "far"), shared=True, size=2**31 + 4096, dtype=torch.float16)
+    small = linear_case(3, 20, 24, torch.float16, device=DEVICE)
+    rows = far.as_strided((3, 24), (2**30 + 8, 1)).copy_(small.x)
+    image = conv_case((3, 4, 5, 3), (6, 4, 3, 3), torch.float16, padding=1, device=DEVICE)
+    images = far[1024:].as_strided(image.x.shape, (2**30 + 8, 15, 3, 1)).copy_(image.x)
+    for case, x in ((small, rows), (image, images)):
+        for plan in ("cached", "fused"):
+            near = run(case, lambda c, plan=plan: ours(c, backend="triton", plan=plan))
+            beyond = run(replace(case, x=x), lambda c, plan=plan: ours(c, backend="triton", plan=plan))
+            assert all(torch.equal(near[name], beyond[name]) for name in near)

@@ -369,6 +369,9 @@ def test_aims_are_met_missed_or_not_measured_and_the_table_stays_short() -> None
     ]
     words = [line.split("  ")[0] for line in aims.verdicts(made, (*wanted, aims.Aim("b", "step", "x_mm", 0.8)))]
     assert words == ["aim", "MISSED", "met", "not measured"]
+    launched = aims.Aim("a", "step", "x_compile", 1.0, rival_mode="eager")
+    assert launched.value(made) is None
+    assert launched.value([*made, Row("layers", "a", "step", "compile", "eager", 1, 7.0, 1.0, 9.0)]) == 3.5
     many = aims.short_table(made * 40, tuple(wanted))
     assert len(many) + len(aims.verdicts(made)) + 5 + gpu_check.NUM_FAILURES_SHOWN <= 60
     assert all(len(line) <= 150 for line in many)
