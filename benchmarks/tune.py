@@ -87,6 +87,7 @@ def tune_case(
         call = _function(kernel, inputs, plan, backend)
 
         def run() -> Tensor:
+            rules.forget_decisions()
             table[key] = entry
             return call()
 
@@ -114,6 +115,7 @@ def tune_case(
                 functions[name], tried[name] = function, (config, parts)
         measured = times(functions)
     finally:
+        rules.forget_decisions()
         table.pop(key, None)
         if before is not None:
             table[key] = before
@@ -159,6 +161,6 @@ def run(chosen: list[LayerCase], say: Callable[[str], None] = print) -> int:
     env = environment("cuda", torch.get_num_threads(), "wall")
     path = rules.table_path(env["device"])
     write_table(path, entries, env)
-    rules.table.cache_clear()
+    rules.forget()
     print(f"wrote {path}")
     return 0

@@ -51,7 +51,7 @@ def clear_all_slots() -> None:
     _generation += 1
 
 
-@torch._disable_dynamo  # traced, the generation would be a constant of the graph: one graph per step
+@torch._disable_dynamo  # pyright: ignore  # traced, the generation would be a constant of the graph: one graph per step
 def _after_any_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not getattr(optimizer, "writes_effective_weights", False):
         clear_all_slots()

@@ -422,7 +422,7 @@ class MaskSet:
             else:
                 weights, scores = [list(t) for t in zip(*triples, strict=True)]
                 _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
-                torch._foreach_copy_([penalty for _, penalty in pairs], list(penalties.unbind()))
+                torch._foreach_copy_([p for _, p in pairs], list(penalties.unbind()))  # pyright: ignore
             for layer, (w, s) in zip(layers, triples, strict=True):
                 layer._slot.mark_fresh(w, s, beta, kind, dtype)
 
@@ -513,8 +513,10 @@ class MaskSet:
         schedule = None if state["schedule"] is None else _read_schedule(state["schedule"], self._state.beta.device)
         self._state.is_hard = bool(state["is_hard"])
         now = self._state.schedule
-        if schedule is not None and now is not None and schedule.is_on_device and now.is_on_device:
-            schedule.count = now.count.copy_(schedule.count)  # the tensor that a captured graph counts in
+        if schedule is not None and now is not None:
+            before, count = now.count, schedule.count
+            if isinstance(before, Tensor) and isinstance(count, Tensor):
+                schedule.count = before.copy_(count)  # the tensor that a captured graph counts in
         self._state.schedule = schedule
         self._write_beta(beta)
 

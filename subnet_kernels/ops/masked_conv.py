@@ -70,9 +70,11 @@ class _MaskedConv2d(torch.autograd.Function):
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants, pending = ctx.needs_input_grad, ctx.pending
         if pending is not None and pending.is_open and _can_wait(ctx, grad_out, scores, w_eff):
+            assert grad_out is not None
             grad_x, grad_w_eff, grad_bias = conv2d_backward(
                 grad_out, x, w_eff, ctx.args, (wants[0], True, wants[4])
             )
+            assert grad_w_eff is not None
             pending.add(ctx.backend, ctx.kind, beta, Entry(grad_w_eff, grad_penalty, weight, scores))
             return grad_x, None, None, None, grad_bias, None, None
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_conv2d_backward(

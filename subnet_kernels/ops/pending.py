@@ -37,7 +37,8 @@ class PendingScoreGradients:
     def finish(self) -> None:
         """Make the gradients and add each to its scores' ``.grad``."""
         for (backend, kind, _), (beta, entries) in self._entries.items():
-            made = backend.grad_scores_of_many(*(list(part) for part in zip(*entries, strict=True)), beta, kind)
+            grads, penalties, weights, all_scores = (list(part) for part in zip(*entries, strict=True))
+            made = backend.grad_scores_of_many(grads, penalties, weights, all_scores, beta, kind)  # pyright: ignore
             for entry, grad_scores in zip(entries, made, strict=True):
                 scores = entry.scores
                 scores.grad = grad_scores if scores.grad is None else scores.grad.add_(grad_scores)

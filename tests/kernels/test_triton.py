@@ -53,7 +53,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(rules, "score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
     monkeypatch.setattr(rules, "fastest_score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
     monkeypatch.setattr(rules, "masked_product", lambda *args: SMALL_TILES)
-    monkeypatch.setattr(rules, "masked_conv", lambda dtype: SMALL_TILES)
+    monkeypatch.setattr(rules, "masked_conv", lambda *args: SMALL_TILES)
     monkeypatch.setattr(rules, "CONV_SCORE_GRADIENT", {2: SMALL_TILES, 4: SMALL_TILES})
 
 
@@ -279,9 +279,11 @@ def test_plan_fused_calls_no_vendor_product_and_makes_no_effective_weight(monkey
         with Vendor() as vendor:
             run(case, lambda c: ours(c, backend="triton", plan="fused"))
         assert vendor.seen == []
-    rows = replace(linear_case(9, 10, 12, scores_shape=(10, 1), device=DEVICE), wanted=("grad_x", "grad_scores"))
+    rows = linear_case(9, 10, 12, scores_shape=(10, 1), device=DEVICE)
+    x, scores = rows.x.requires_grad_(), rows.scores.requires_grad_()
     with Vendor() as vendor:
-        run(rows, lambda c: ours(c, backend="triton", plan="fused"))
+        out, _ = sk.masked_linear(x, rows.weight, scores, 3.0, backend="triton", plan="fused")
+        out.backward(rows.grad_out)
     assert vendor.seen == ["mm"]  # the weight gradient, whose rows are then added
 
 
@@ -317,7 +319,7 @@ def test_add_penalty_grad_adds_lam_times_count_times_slope(lam):
         g.double() + 0.25 * count * 3 * torch.sigmoid(3 * s.double()) * torch.sigmoid(-3 * s.double())
         for g, s, count in zip(grads, scores, (1, 7, 40), strict=True)
     ]
-    launch.TritonKernels().add_penalty_grad_(grads, scores, [1, 7, 40], BETA, lam, as_kind("sigmoid"))
+    launch.TritonElementwise().add_penalty_grad_(grads, scores, [1, 7, 40], BETA, lam, as_kind("sigmoid"))
     for grad, true in zip(grads, expected, strict=True):
         assert ((grad - true).abs() <= 2.0**-21 * (true.abs() + 10)).all()
 
@@ -380,7 +382,7 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
 
     monkeypatch.undo()  # the ordinary rules
     monkeypatch.setattr(rules, "TABLES", tmp_path)
-    rules.table.cache_clear()
+    rules.forget()
     seen = []
 
     def times(functions):
@@ -398,7 +400,7 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
     env = {"device": "NVIDIA H200", "torch": "t", "triton": "t", "commit": "c"}
     tune.write_table(rules.table_path("NVIDIA H200"), entries, env)
     tune.write_table(rules.table_path("NVIDIA H200"), entries[:1], env)
-    rules.table.cache_clear()
+    rules.forget()
     on = rules.H200
     assert len(rules.table(on.name)) == 2
     assert rules.score_gradient(torch.bfloat16, 40, 32, 48, True, on)[0] == replace(
@@ -415,7 +417,7 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
     )
     check(built)
     assert used
-    rules.table.cache_clear()
+    rules.forget()
 
 
 def test_offsets_beyond_32_bits_are_addressed(tmp_path):

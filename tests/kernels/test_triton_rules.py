@@ -52,21 +52,21 @@ def test_a_masked_product_takes_the_tile_that_holds_all_rows_unless_half_of_the_
     assert [columns(m, 11008, 4096) for m in (1, 16, 17, 64, 65, 1000)] == [16, 16, 32, 64, 128, 128]
     assert columns(64, 768, 3072) == 16  # 6 programs of 128x64, 12 of 64x32, 48 of 64x16
     assert columns(1000, 11008, 4096, weight_dtype=torch.float32) == 64
-    assert columns(1000, 11008, 4096, torch.float32, torch.float32) == 64
+    assert columns(1000, 11008, 4096, torch.float32, torch.float32) == 32
 
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
     """Writes entries as the H200's table."""
     monkeypatch.setattr(rules, "TABLES", tmp_path)
-    rules.table.cache_clear()
+    rules.forget()
 
     def write(*entries):
         rules.table_path("NVIDIA H200").write_text(json.dumps({"entries": list(entries)}))
-        rules.table.cache_clear()
+        rules.forget()
 
     yield write
-    rules.table.cache_clear()
+    rules.forget()
 
 
 def entry(kernel, m, n, k, us, other_us, config, num_parts=1):

@@ -112,8 +112,9 @@ def builds() -> Iterator[Build]:
                 backward |= {"HAS_BIAS": False, "WANTS_SUM": False, "weight_row": 1}
                 labels = label, what, "backward"
                 yield _gemm(masked_product.masked_product_kernel, labels, dtype, backward, config)
-                coarse = {**constants, "IS_COARSE": True}
-                yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
+                if config is not configs.MASKED_PRODUCT[128]:
+                    coarse = {**constants, "IS_COARSE": True}
+                    yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
             yield from _convolutions(dtype, label, {**product, "x_column": None})
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
@@ -132,7 +133,7 @@ def _convolutions(dtype: str, label: str, product: dict[str, Any]) -> Iterator[B
     for layout in (CHANNELS_LAST, ""):
         one = 1 if layout else 3  # which stride of an image or weight is 1
         images = {(name, one): 1 for name in ("x_strides", "out_strides", "grad_strides")}
-        config = configs.MASKED_CONV[itemsize]
+        config = (configs.MASKED_CONV if layout else configs.MASKED_CONV_CONTIGUOUS)[itemsize]
         for is_backward in (False, True):
             constants = {
                 **product, **_tile(config, "BN", "BP", "BD"), **window, **images, "HAS_BIAS": not is_backward,

@@ -43,10 +43,11 @@ class Schedule:
 
     def beta(self) -> Any:
         """beta now: a float, or a 0-d fp64 tensor beside count."""
-        done: Any = self.count // self.every * self.every
-        if isinstance(done, Tensor):
-            done = done.masked_fill(self.count >= self.steps, self.steps).double()
-        elif self.count >= self.steps:
+        count: Any = self.count
+        done = count // self.every * self.every
+        if isinstance(count, Tensor):
+            done = done.masked_fill(count >= self.steps, self.steps).double()
+        elif count >= self.steps:
             done = self.steps
         return self.start * (self.to / self.start) ** (done / self.steps)
 

@@ -56,14 +56,18 @@ MASKED_PRODUCT = {
 }  # by columns: the least that hold all rows of x, else the largest
 MASKED_PRODUCT_WIDE = {
     columns: Gemm(64, columns, 16, 8, 3, "fp32: twice the shared memory an operand; deeper steps spill without TF32")
-    for columns in (16, 32, 64)
+    for columns in (16, 32)
 }
 
 MASKED_CONV = {
     2: Gemm(64, 128, 32, 8, 3, "rows: of weight; columns: pixels; depth: channels of one kernel position"),
     4: Gemm(64, 64, 16, 8, 3, "deeper steps spill without TF32"),
-}  # by bytes of an operand
+}  # by bytes of an operand, for images in channels_last
+MASKED_CONV_CONTIGUOUS = {
+    2: Gemm(64, 64, 32, 8, 3, "an address per value takes registers: 64x128 spills in Triton 3.6"),
+    4: MASKED_CONV[4],
+}  # for all others
 CONV_SCORE_GRADIENT = {
-    2: Gemm(64, 128, 64, 8, 3, "addresses of pixels take registers that 128x128 needs for its sums"),
+    2: Gemm(64, 128, 32, 8, 3, "addresses of pixels take registers: 128x128, and deeper steps in Triton 3.6, spill"),
     4: Gemm(64, 64, 16, 4, 3, "deeper steps spill without TF32 on sm_80"),
 }

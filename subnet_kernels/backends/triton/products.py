@@ -101,7 +101,8 @@ class TritonKernels(TritonElementwise):
             weight = weight.contiguous()
         scores = aligned(weight, scores)
         (m, k), n = x.shape, weight.shape[0]
-        config = rules.masked_product(x.dtype, m, n, k, weight.dtype, rules.chip(x.device))
+        is_coarse, on = scores.shape != weight.shape, rules.chip(x.device)
+        config = rules.masked_product(x.dtype, m, n, k, weight.dtype, on, is_coarse)
         tiles_n, tiles_m = triton.cdiv(n, config.rows), triton.cdiv(m, config.columns)
         out = x.new_empty(m, n)
         partials = beta.new_empty(tiles_n) if wants_sum else None
@@ -109,7 +110,7 @@ class TritonKernels(TritonElementwise):
             masked_product_kernel[(tiles_m, tiles_n)](
                 x, weight, scores, beta, out if bias is None else bias.contiguous(), out,
                 beta if partials is None else partials, m, n, k, *x.stride(), *weight.stride(), *scores.stride(),
-                n // scores.shape[0], k // scores.shape[1], bias is not None, wants_sum, scores.shape != weight.shape,
+                n // scores.shape[0], k // scores.shape[1], bias is not None, wants_sum, is_coarse,
                 KIND_CODES[kind.name], **dot_options(x.dtype), BN=config.rows, BM=config.columns, BK=config.depth,
                 **launch_options(config),
             )  # fmt: skip
@@ -225,7 +226,7 @@ class TritonKernels(TritonElementwise):
         if not is_dense(weight):
             weight = weight.contiguous()
         scores = aligned(weight, scores)
-        config = rules.masked_conv(x.dtype)
+        config = rules.masked_conv(x.dtype, x.stride(1) == 1)
         outputs, inputs = weight.shape[0] // args.groups, weight.shape[1]
         rows, channels = (inputs, outputs) if is_backward else (outputs, inputs)
         first, second = (1, 0) if is_backward else (0, 1)

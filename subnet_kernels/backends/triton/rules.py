@@ -19,6 +19,7 @@ import torch
 from .configs import (
     CONV_SCORE_GRADIENT,
     MASKED_CONV,
+    MASKED_CONV_CONTIGUOUS,
     MASKED_PRODUCT,
     MASKED_PRODUCT_WIDE,
     SCORE_GRADIENT,
@@ -137,6 +138,7 @@ def product_seconds(config: Gemm, m: int, n: int, k: int, num_parts: int, on: Ch
     return waves(tiles * num_parts, on.num_processors) * wave + (num_parts > 1) * num_parts * 8 * n * k / on.bytes
 
 
+@functools.lru_cache(maxsize=4096)
 def score_gradient(
     dtype: torch.dtype, m: int, n: int, k: int, is_plain: bool, on: Chip
 ) -> tuple[Gemm, int] | None:
@@ -173,15 +175,19 @@ def has_room(on: Chip) -> bool:
     return on.shared >= 160 * 1024
 
 
-def masked_product(dtype: torch.dtype, m: int, n: int, k: int, weight_dtype: torch.dtype, on: Chip) -> Gemm:
+@functools.lru_cache(maxsize=4096)
+def masked_product(
+    dtype: torch.dtype, m: int, n: int, k: int, weight_dtype: torch.dtype, on: Chip, is_coarse: bool = False
+) -> Gemm:
     """Tiles of a masked product of plan "fused"."""
     known = measured("masked_product", dtype, m, n, k, on)
-    if known is not None and weight_dtype == dtype:
+    is_wide = dtype.itemsize == 2 and (weight_dtype.itemsize == 4 or is_coarse)
+    if known is not None and not is_wide:
         return known.config
     configs = MASKED_PRODUCT if dtype.itemsize == 2 else MASKED_PRODUCT_WIDE  # by columns
     columns = sorted(configs)
-    if dtype.itemsize == 2 and weight_dtype.itemsize == 4:
-        columns = columns[:-1]  # fp32 weights under autocast: twice the shared memory for them
+    if is_wide:
+        columns = columns[:-1]  # fp32 weights take twice the shared memory, coarse scores more registers
     best = configs[next((c for c in columns if c >= m), columns[-1])]
     for c in reversed(columns):  # fewer rows of x a program where half of the chip would stay empty
         if c < best.columns and 2 * -(-n // best.rows) * -(-m // best.columns) <= on.num_processors:
@@ -189,6 +195,7 @@ def masked_product(dtype: torch.dtype, m: int, n: int, k: int, weight_dtype: tor
     return best
 
 
+@functools.lru_cache(maxsize=4096)
 def fuses_product(dtype: torch.dtype, m: int, n: int, k: int, on: Chip) -> bool:
     """Whether a call that leaves the plan open, and whose effective weight nobody keeps, runs fused: where it was
     measured to be faster than an effective weight and the vendor's product; nowhere before that."""
@@ -205,9 +212,9 @@ def score_parts(num_scores: int, per_score: int, num_processors: int) -> tuple[i
     return -(-per_score // per_part), per_part
 
 
-def masked_conv(dtype: torch.dtype) -> Gemm:
+def masked_conv(dtype: torch.dtype, is_channels_last: bool) -> Gemm:
     """Tiles of a masked convolution of plan "fused"."""
-    return MASKED_CONV[dtype.itemsize]
+    return (MASKED_CONV if is_channels_last else MASKED_CONV_CONTIGUOUS)[dtype.itemsize]
 
 
 def conv_score_gradient(
@@ -216,3 +223,15 @@ def conv_score_gradient(
     """(tiles, parts of the sum over pixels) of a convolution's score gradient. num_tiles_of: tiles by config."""
     config = CONV_SCORE_GRADIENT[dtype.itemsize]
     return config, split(num_tiles_of(config), -(-num_pixels // config.depth), on.num_processors)
+
+
+def forget_decisions() -> None:
+    """Decide anew: after a table in memory was changed."""
+    for function in (score_gradient, masked_product, fuses_product):
+        function.cache_clear()
+
+
+def forget() -> None:
+    """Read tables and decide anew: after a table was written."""
+    table.cache_clear()
+    forget_decisions()
