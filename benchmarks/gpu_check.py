@@ -3,7 +3,7 @@
 ``python3 -m benchmarks.gpu_check --out folder`` runs the parts (``--help`` lists them, ``--parts`` chooses) in under
 ten minutes: it builds the extension in place, checks every backend on the GPU against fp64, measures the machine's
 ceilings and times ours beside the baselines; the last lines say which aims were reached. It writes report.txt (the
-whole table), results.csv, results.json, environment.json, build.log and tests.log; results worth keeping go to
+whole table), results.csv, results.json, environment.json and logs; results worth keeping go to
 benchmarks/results/<device>/. Exit code: 0 all checks passed, 1 one failed, 2 there is no GPU. A missed aim is no
 failure. ``--dry-run`` runs on the CPU, at tiny sizes, what can run there.
 
@@ -50,6 +50,7 @@ class Check:
         self.done: list[str] = []
         self.seconds: dict[str, float] = {}
         self.part_end = end
+        self.selected: list[str] = []  # parts of this process
         self.ceilings = Ceilings(device, gpu_parts.TIMING)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -124,6 +125,7 @@ class Check:
 def run_parts(check: Check, names: list[str]) -> None:
     """The named parts, one after another; raises SystemExit(BROKEN_CONTEXT) if one breaks the GPU's context."""
     parts = {part.name: part for part in gpu_parts.PARTS}
+    check.selected = names
     for name in names:
         part, start = parts[name], time.time()
         check.part_end = check.end
@@ -196,7 +198,7 @@ def _output_of(*command: str) -> str:
 
 
 def write_files(check: Check) -> None:
-    """The six files; the last lines on the terminal are the verdicts and a short table."""
+    """The files; the last lines on the terminal are the verdicts and a short table."""
     env = rows.environment(check.device, torch.get_num_threads(), gpu_parts.TIMING.clock, check.commit)
     wrong = [r for r in check.rows if r.gate is not None and not r.gate <= 1]
     for row in wrong:
@@ -238,7 +240,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"parts, in their order:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/gpu-check"), help="folder for the six files")
+    add("--out", type=Path, default=Path("runs/gpu-check"), help="folder for the files")
     add("--parts", default="", help="names separated by commas, e.g. build,correctness,linear (all if not given)")
     add("--dry-run", action="store_true", help="run on the CPU, at tiny sizes, what can run there")
     add("--seed", type=int, help="of the random inputs (a fresh one if not given; the report names it)")
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         run_parts(check, args.parts)
         return 0
     (check.out / "state.json").unlink(missing_ok=True)
-    for log in ("build.log", "tests.log"):
+    for log in ("build.log", "tests.log", "sanitizer.log"):
         (check.out / log).write_text("")
     check.say(f"gpu_check on {rows.device_name(check.device)}, seed {seed}, budget {args.seconds:.0f} s")
     module = [sys.executable, "-m", "benchmarks.gpu_check", *(["--dry-run"] if args.dry_run else [])]

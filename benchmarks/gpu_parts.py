@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ import torch
 
 from . import cases, gpu_correctness
 from .models import MODEL_CASES, make_trainers, run_model
-from .rows import Row
+from .rows import ROOT, Row
 from .runner import Settings, free_memory, run_kernel, run_layer
 from .timing import TimingConfig
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from .gpu_check import Check
 
 TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
+_running: dict[str, subprocess.Popen[bytes]] = {}
+GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_triton.py")
 COMPILED_LINEAR = ("768x3072_m1024", "768x3072_m10240", "4096x11008_m4096", "512x128_m10240")  # those with aims first
 
 
@@ -42,6 +46,9 @@ def build(check: Check) -> None:
 
 def correctness(check: Check) -> None:
     """Every op of every backend against fp64, on fresh random inputs and outputs filled with NaN."""
+    for name in ("sanitizer", "tests"):  # nothing is timed here, and they mostly wait for compilers
+        if name in check.selected and check.device == "cuda":
+            _start(check, name)
     check.say("  reference backend")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is meant
         check.take(gpu_correctness.reference_checks(check.device, check.seed))
@@ -59,37 +66,65 @@ def correctness(check: Check) -> None:
     check.take(gpu_correctness.graph_check("triton", check.device, check.seed))
 
 
-def sanitizer(check: Check) -> None:
-    """compute-sanitizer memcheck over the kernel's checks."""
+def _start(check: Check, name: str) -> subprocess.Popen[bytes] | None:
+    """Start a part that is a process of its own, once; None where it can't run, which is said."""
+    if name in _running:
+        return _running[name]
+    if check.device == "cpu":
+        return check.skip(name, "dry run")
+    if name == "tests" and find_spec("pytest") is None:
+        return check.skip("tests", "pytest is not installed")
     tool = shutil.which("compute-sanitizer")
-    if tool is None or check.device == "cpu":
-        return check.skip("compute-sanitizer", "dry run" if check.device == "cpu" else "it is not installed")
-    script = [sys.executable, "-m", "benchmarks.gpu_parts", str(check.seed)]
-    code = check.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *script], "tests.log", 120)
-    log = (check.out / "tests.log").read_text()
+    if name == "sanitizer" and tool is None:
+        return check.skip("compute-sanitizer", "it is not installed")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS]
+    script = [str(tool), "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_parts"]
+    command = pytest if name == "tests" else [*script, str(check.seed)]
+    with (check.out / f"{name}.log").open("w") as log:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        _running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        atexit.register(_running[name].kill)  # not left behind where this process ends early
+    return _running[name]
+
+
+def _wait(check: Check, name: str) -> int | None:
+    """The exit code of a started part; None if it is out of time (it is stopped) or can't run, which is said."""
+    process = _start(check, name)
+    if process is None:
+        return None
+    try:
+        return process.wait(max(check.left_s(), 1.0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        check.skip(name, f"its time was up, see {name}.log")
+        return None
+    finally:
+        del _running[name]
+
+
+def sanitizer(check: Check) -> None:
+    """compute-sanitizer memcheck over the kernels' checks; it and the tests start beside the correctness part."""
+    code = _wait(check, "sanitizer")
     if code is None:
-        check.skip("compute-sanitizer", "it took over 120 s")
-    elif "Device not supported" in log:
+        return
+    if "Device not supported" in (check.out / "sanitizer.log").read_text():
         check.skip("compute-sanitizer", "it does not support this device")
     elif code != 0:
-        check.fail(f"compute-sanitizer memcheck: exit code {code}, see tests.log")
+        check.fail(f"compute-sanitizer memcheck: exit code {code}, see sanitizer.log")
     else:
         check.say("  memcheck found nothing")
 
 
 def tests(check: Check) -> None:
     """The tests marked gpu."""
-    if find_spec("pytest") is None:
-        return check.skip("tests", "pytest is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels"]
-    code = check.run(command, "tests.log", 120)
+    code = _wait(check, "tests")
     if code == 5:
         check.skip("tests", "none is marked gpu")
-    elif code is None:
-        check.skip("tests", "they took over 120 s, see tests.log")
-    elif code != 0:
+    elif code is not None and code != 0:
         check.fail(f"tests: pytest's exit code {code}, see tests.log")
-    else:
+    elif code == 0:
         check.say("  passed")
 
 
@@ -243,6 +278,8 @@ class Part:
 PARTS = (
     Part("build", build, 0, 260),
     Part("correctness", correctness, 20, 150),
+    Part("tests", tests, 10, 60),
+    Part("sanitizer", sanitizer, 10, 30),
     Part("ceilings", ceilings, 10, 30),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
@@ -252,8 +289,6 @@ PARTS = (
     Part("kernels", kernels, 20, 60),
     Part("conv", conv, 20, 60),
     Part("more", more, 40, 300),
-    Part("tests", tests, 60, 130),
-    Part("sanitizer", sanitizer, 60, 130),
 )
 
 

@@ -53,5 +53,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     if weight.shape == scores.shape and weight.stride() != scores.stride():
         note = "\n  note: scores have other strides than weight and are copied at every call; give them weight's"
     x, plan = given.get("x"), kwargs.get("plan")
-    plan_of = None if x is None else lambda backend: backend.plan_of(op, x, weight, plan)
+    plan_of = None if x is None else lambda backend: backend.plan_of(op, x, weight, scores, plan)
     return describe(call, kwargs.get("backend"), plan_of) + note

@@ -37,7 +37,8 @@ class CapturedStep:
 
     Making one trains nothing: trained parameters, the model's buffers, the optimizer's state, beta, the schedule's
     count and torch's random numbers are put back after the warm-up, so that the first call is the first step. Other
-    tensors that ``step`` changes are the caller's to put back. All gradients are dropped (set to None).
+    tensors that ``step`` changes are the caller's to put back. All gradients are dropped (set to None); a step that
+    does not end with ``zero_grad()`` overwrites them in every replay.
 
     What is no tensor is part of the graph and stays: a float ``lam`` or learning rate, batch shapes, Python branches.
     beta, scores and static inputs may be changed in place between calls; the graph reads and writes the memory that it
@@ -50,7 +51,7 @@ class CapturedStep:
             the device (``.item()``, GradScaler). Runs ``num_warmups`` + 1 times.
         optimizer: a torch Adam or AdamW, such as ``masks.adamw``'s, with ``capturable=True``.
         num_warmups: steps before the capture, at least 1, in which kernels are compiled and optimizer state is made;
-            the last one may not wait for the device any more.
+            the last one, if there are three or more, may not wait for the device any more.
 
     Calling it returns what ``step`` returned, a tensor, a tuple of tensors or None, detached, in memory that the next
     call overwrites: clone what is to be kept.
@@ -77,7 +78,8 @@ class CapturedStep:
             with torch.cuda.stream(stream), torch.random.fork_rng([device.index]), put_back(masks, optimizer):
                 for _ in range(num_warmups - 1):
                     _check_result(step())
-                with _in_words(), _waits_refused():  # a capture that fails half-way leaves torch in disorder
+                # a capture that fails half-way leaves torch in disorder; the first two runs may make tables and memory
+                with _in_words(), _waits_refused() if num_warmups > 2 else contextlib.nullcontext():
                     _check_result(step())
             torch.cuda.current_stream().wait_stream(stream)
             try:

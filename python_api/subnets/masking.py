@@ -283,7 +283,8 @@ class MaskSet:
     def batch_score_gradients(self) -> Iterator[None]:
         """``with masks.batch_score_gradients(): loss.backward()``: the score gradients of all convolutions are made
         when the block ends, in one call (on a GPU one kernel), and added to ``scores.grad``. Until then the gradient of
-        each layer's effective weight is kept; hooks on scores do not see what is added.
+        each layer's effective weight is kept. Hooks on scores and torch.autograd.grad do not see what is added; use it
+        with ``.backward()`` alone.
 
         Raises:
             RuntimeError: entered twice.
@@ -407,8 +408,10 @@ class MaskSet:
             if not keeps_w_eff(layer.plan):
                 continue
             dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
-            groups.setdefault((layer.current_kind, dtype, layer.weight.dtype, layer.weight.device), []).append(layer)
-        for (kind, dtype, _, _), layers in groups.items():
+            backend = _backend_of(layer, dtype)  # the layer's own, so that bits do not depend on who made them
+            key = layer.current_kind, dtype, backend, layer.weight.dtype, layer.weight.device
+            groups.setdefault(key, []).append(layer)
+        for (kind, dtype, backend, _, _), layers in groups.items():
             triples = [_outputs_first(layer) for layer in layers]
             beta = self._state.beta
             pairs = [la._slot.buffers(w, dtype) for la, (w, _) in zip(layers, triples, strict=True)]
@@ -416,12 +419,11 @@ class MaskSet:
                 layer._slot.clear()
             if capture_number(beta) == FOREIGN:  # one call for all reads a table of addresses, copied from the host
                 for (w, s), pair in zip(triples, pairs, strict=True):
-                    choose_for("effective_weight", w, s, kind.name, dtype).effective_weight(
-                        w, s, beta, kind, dtype, pair
-                    )
+                    backend.effective_weight(w, s, beta, kind, dtype, pair)
             else:
                 weights, scores = [list(t) for t in zip(*triples, strict=True)]
-                _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, [w_eff for w_eff, _ in pairs])
+                out = [w_eff for w_eff, _ in pairs]
+                _, penalties = effective_weights_raw(weights, scores, beta, kind, dtype, out, backend)
                 torch._foreach_copy_([p for _, p in pairs], list(penalties.unbind()))  # pyright: ignore
             for layer, (w, s) in zip(layers, triples, strict=True):
                 layer._slot.mark_fresh(w, s, beta, kind, dtype)

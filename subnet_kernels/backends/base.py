@@ -111,7 +111,7 @@ class Backend:
         whose value no GPU backend reads on the host."""
         raise NotImplementedError
 
-    def plan_of(self, op: str, x: Tensor, weight: Tensor, plan: str | None) -> str:
+    def plan_of(self, op: str, x: Tensor, weight: Tensor, scores: Tensor, plan: str | None) -> str:
         """The plan that a call runs under: the one asked for, or, where it is left open, this backend's choice."""
         return plan or "cached"
 

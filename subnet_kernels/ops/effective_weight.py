@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import Backend
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
 from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
 from . import checks
@@ -245,12 +246,25 @@ def _check_dtype(op: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{op}: dtype must be a floating point dtype, got {dtype}")
 
 
+def _serves(
+    backend: Backend, weights: list[Tensor], scores: list[Tensor], kind: MaskKind, dtype: torch.dtype
+) -> bool:
+    try:
+        for weight, score in zip(weights, scores, strict=True):
+            choose_for("effective_weights", weight, score, kind.name, dtype, name=backend.name)
+    except BackendRefused:
+        return False
+    return True
+
+
 def effective_weights_raw(
     weights: list[Tensor], scores: list[Tensor], beta: Tensor, kind: MaskKind, dtype: torch.dtype,
-    out: list[Tensor] | None = None,
+    out: list[Tensor] | None = None, backend: Backend | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Without checks or autograd: (list of w_eff, penalties [L]); into ``out`` if given. One dtype and device."""
-    op = "effective_weights"
-    backends = {choose_for(op, w, s, kind.name, dtype) for w, s in zip(weights, scores, strict=True)}
-    backend = backends.pop() if len(backends) == 1 else BACKENDS["reference"]
+    """Without checks or autograd: (list of w_eff, penalties [L]); into ``out`` if given. One dtype and device. backend:
+    the first that serves all of them, unless given."""
+    if backend is None:
+        chosen = {choose_for("effective_weights", w, s, kind.name, dtype) for w, s in zip(weights, scores, strict=True)}
+        backend = next((b for b in BACKENDS.values() if b in chosen and _serves(b, weights, scores, kind, dtype)), None)
+        backend = backend or BACKENDS["reference"]
     return backend.effective_weights(weights, scores, beta, kind, [dtype] * len(weights), out)

@@ -61,6 +61,8 @@ class _MaskedConv2d(torch.autograd.Function):
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, args, settings)
         ctx.backend, ctx.kind, ctx.args, ctx.pending = backend, settings.kind, args, settings.pending
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
+        # the parameter itself: what is unpacked from save_for_backward may be a copy (checkpointing, save_on_cpu)
+        ctx.leaf = scores if settings.pending is not None and scores.is_leaf and scores.requires_grad else None
         ctx.set_materialize_grads(False)
         return (out, penalty) if settings.wants_penalty else out
 
@@ -69,13 +71,13 @@ class _MaskedConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants, pending = ctx.needs_input_grad, ctx.pending
-        if pending is not None and pending.is_open and _can_wait(ctx, grad_out, scores, w_eff):
+        if pending is not None and pending.is_open and _can_wait(ctx, grad_out, w_eff):
             assert grad_out is not None
             grad_x, grad_w_eff, grad_bias = conv2d_backward(
                 grad_out, x, w_eff, ctx.args, (wants[0], True, wants[4])
             )
             assert grad_w_eff is not None
-            pending.add(ctx.backend, ctx.kind, beta, Entry(grad_w_eff, grad_penalty, weight, scores))
+            pending.add(ctx.backend, ctx.kind, beta, Entry(grad_w_eff, grad_penalty, weight, ctx.leaf))
             return grad_x, None, None, None, grad_bias, None, None
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_conv2d_backward(
             grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.args, ctx.kind,
@@ -84,11 +86,11 @@ class _MaskedConv2d(torch.autograd.Function):
         return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
 
 
-def _can_wait(ctx: Any, grad_out: Tensor | None, scores: Tensor, w_eff: Tensor | None) -> bool:
+def _can_wait(ctx: Any, grad_out: Tensor | None, w_eff: Tensor | None) -> bool:
     """Whether the score gradient, and no weight's, is wanted of a product that an effective weight was kept for."""
     _, wants_weight, wants_scores, *_ = ctx.needs_input_grad
     has_product = grad_out is not None and w_eff is not None
-    return has_product and wants_scores and not wants_weight and ctx.kind.is_trainable and scores.is_leaf
+    return has_product and wants_scores and not wants_weight and ctx.kind.is_trainable and ctx.leaf is not None
 
 
 _apply = plain_apply(_MaskedConv2d)

@@ -627,6 +627,29 @@ def test_score_gradients_of_convolutions_made_at_once_are_those_made_one_by_one(
     assert all(torch.equal(a, b) for a, b in zip(alone, score_gradients(masks, x), strict=True))
 
 
+def test_score_gradients_made_at_once_reach_the_scores_under_checkpointing_and_when_saved_elsewhere():
+    masks, x = mask_model(conv_net()), torch.randn(6, 3, 6, 6)
+
+    def gradients(is_batched, forward):
+        for scores in masks.scores().values():
+            scores.grad = None
+        loss = forward()
+        with masks.batch_score_gradients() if is_batched else contextlib.nullcontext():
+            loss.backward()
+        return [scores.grad for scores in masks.scores().values()]
+
+    def saved_elsewhere():
+        with torch.autograd.graph.save_on_cpu():
+            return masks.model(x).pow(2).sum()
+
+    def checkpointed():
+        return torch.utils.checkpoint.checkpoint(masks.model, x, use_reentrant=False).pow(2).sum()
+
+    for forward in (saved_elsewhere, checkpointed):
+        for a, b in zip(gradients(False, forward), gradients(True, forward), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_without_kept_effective_weights_nothing_of_a_weights_size_is_saved_and_the_gradients_are_the_same():
     x = torch.randn(6, 3, 6, 6)
     kept = mask_model(conv_net())

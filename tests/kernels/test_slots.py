@@ -145,9 +145,9 @@ def test_refresh_in_a_capture_fills_every_slot_once_for_all_uses_at_the_warm_ups
     masks = mask_model(model)
     addresses = []
 
-    def raw(weights, scores, beta, kind, dtype, out):
+    def raw(weights, scores, beta, kind, dtype, out, backend):
         addresses.append([tensor.data_ptr() for tensor in (*weights, *scores, *out)])
-        return effective_weights_raw(weights, scores, beta, kind, dtype, out)
+        return effective_weights_raw(weights, scores, beta, kind, dtype, out, backend)
 
     monkeypatch.setattr("subnets.masking.effective_weights_raw", raw)
     x, slots = torch.randn(3, 5), [model[0]._slot, model[2]._slot]

@@ -42,6 +42,12 @@ def check(case, **kwargs):
     assert max(worst.values()) <= 1, worst
 
 
+@pytest.fixture(autouse=True)
+def vendor_in_fp32_and_deterministic():
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Fused kernels whatever the dtype, in small tiles."""
@@ -415,8 +421,11 @@ def test_tuning_runs_every_tile_through_the_call_and_writes_a_table_that_is_then
     assert "backend triton, plan fused" in sk.explain(
         "masked_linear", built.x, built.weight, built.scores, 3.0, backend="triton"
     )
+    out, _ = sk.masked_linear(built.x, built.weight, built.scores, 3.0, built.bias, backend="triton")
+    cached, _ = sk.masked_linear(built.x, built.weight, built.scores, 3.0, built.bias, backend="triton", plan="cached")
+    assert used == [1] and torch.allclose(out, cached, rtol=0.02, atol=0.02)
     check(built)
-    assert used
+    assert used == [1]  # a backward pass would make the mask again: with gradients an open plan is "cached"
     rules.forget()
 
 
@@ -434,3 +443,35 @@ def test_offsets_beyond_32_bits_are_addressed(tmp_path):
             near = run(case, lambda c, plan=plan: ours(c, backend="triton", plan=plan))
             beyond = run(replace(case, x=x), lambda c, plan=plan: ours(c, backend="triton", plan=plan))
             assert all(torch.equal(near[name], beyond[name]) for name in near)
+
+
+FORMATS = {
+    "contiguous": lambda t: t, "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced channels_last": lambda t: t.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)[
+        :, : t.shape[1]
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "size", "is_channels_last"), [
+    (1, 1, "001"), (1, 3, "001"), (4, 1, "011"), (4, 3, "011"),
+])  # fmt: skip
+def test_a_fused_convolution_lies_in_memory_as_torchs_own_does_on_a_gpu(channels, size, is_channels_last):
+    """What PyTorch's CUDA builds say for F.conv2d (fake tensors, 2.11): by format of x; a channels_last weight that is
+    not contiguous as well makes the result channels_last, too."""
+    for (name, x_format), is_last in zip(FORMATS.items(), is_channels_last, strict=True):
+        for weight_format in ("contiguous", "channels_last"):
+            x = x_format(torch.randn(2, channels, 5, 4, device=DEVICE))
+            weight = FORMATS[weight_format](torch.randn(6, channels, size, size, device=DEVICE))
+            out, _ = sk.masked_conv2d(x, weight, torch.zeros_like(weight), 3.0, backend="triton", plan="fused")
+            decides = weight_format == "channels_last" and (channels, size) == (4, 3)
+            expected = torch.channels_last if is_last == "1" or decides else torch.contiguous_format
+            assert out.stride() == torch.empty(out.shape).contiguous(memory_format=expected).stride(), name
+
+
+def test_an_image_too_large_for_32_bit_offsets_goes_to_the_vendor(monkeypatch):
+    monkeypatch.setattr(products, "LARGEST_IMAGE", 20)
+    case = conv_case((2, 4, 6, 5), (6, 4, 3, 3), padding=1, device=DEVICE)
+    with Vendor() as vendor:
+        check(case, plan="fused")
+    assert "convolution" in vendor.seen and "convolution_backward" in vendor.seen

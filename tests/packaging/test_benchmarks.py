@@ -183,7 +183,7 @@ def test_gpu_check_without_a_gpu_says_so_and_exits_2(capsys: pytest.CaptureFixtu
     assert "no GPU" in capsys.readouterr().out
 
 
-def test_gpu_check_goes_on_after_a_failure_writes_six_files_and_exits_1(
+def test_gpu_check_goes_on_after_a_failure_writes_its_files_and_exits_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(check: gpu_check.Check) -> None:
@@ -198,7 +198,8 @@ def test_gpu_check_goes_on_after_a_failure_writes_six_files_and_exits_1(
     monkeypatch.setattr(gpu_check, "supervise", lambda check, names, command: gpu_check.run_parts(check, names))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "build.log", "environment.json", "report.txt", "results.csv", "results.json", "tests.log",
+        "build.log", "environment.json", "report.txt", "results.csv", "results.json", "sanitizer.log",
+        "tests.log",
     ]  # fmt: skip
     found = json.loads((tmp_path / "environment.json").read_text())
     assert [what.split(":")[0] for what in found["failed"]] == ["off by a little", "not a number", "broken"]

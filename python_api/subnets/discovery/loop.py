@@ -111,6 +111,7 @@ def discover(
                     run.epoch(epoch, bar)
         finally:
             bar.close()
+            run.forget_step()
         return run.result()
 
 
@@ -219,6 +220,10 @@ class _Run:
             losses.append(self.step(batch))
             bar.step(losses[-1], beta, masks)
         return losses
+
+    def forget_step(self) -> None:
+        """Let go of the captured graph and its memory now: it is part of a cycle of references."""
+        self.step = self._step
 
     def _step(self, batch: Any) -> Tensor:
         """The loss; all that it does on the device can be captured. beta is written before, by the loop."""

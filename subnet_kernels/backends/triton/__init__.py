@@ -27,11 +27,11 @@ def load_error() -> str | None:
 
 
 @functools.cache
-def _gpu_refusal(plan: str | None) -> str | None:
-    """What the present GPU lacks, if anything."""
+def _gpu_refusal(plan: str | None, index: int) -> str | None:
+    """What that GPU lacks, if anything."""
     from . import rules
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", index)
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than the kernels' least architecture, sm_80"
     on = rules.chip(device)
@@ -57,7 +57,7 @@ class TritonBackend(Backend):
             return f"weight is on {call.device}"
         if call.device == "cuda" and not torch.cuda.is_available():
             return "torch can use no GPU here"
-        if call.device == "cuda" and (reason := _gpu_refusal(call.plan)) is not None:
+        if call.device == "cuda" and (reason := _gpu_refusal(call.plan, torch.cuda.current_device())) is not None:
             return reason
         if (reason := load_error()) is not None:
             return reason

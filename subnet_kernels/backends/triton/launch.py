@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ...capturing import is_capturing, keep_if_captured
+from ...capturing import capture_number, keep_if_captured, memory_number
 from ...masks import MaskKind
 from ..base import KIND_CODES, Backend
 from ..layout import aligned, is_dense, with_strides_of
@@ -59,6 +59,9 @@ def _table(
 @functools.lru_cache(maxsize=64)
 def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(members, device=device)
+
+
+_loaded: set[tuple[torch.dtype, torch.dtype, str]] = set()  # kernels for one tensor that ran beside those for many
 
 
 class _Unit:
@@ -133,6 +136,10 @@ class TritonElementwise(Backend):
             elif weight.numel():
                 groups.setdefault((weight.dtype, w_eff.dtype), []).append(i)
         for (w_dtype, o_dtype), members in groups.items():
+            if (what := (w_dtype, o_dtype, kind.name)) not in _loaded and not capture_number(beta):
+                # a capture by somebody else goes tensor by tensor, and can't load the kernel for that
+                _loaded.add(what)
+                self.effective_weight(weights[members[0]], scores[members[0]], beta, kind, o_dtype)
             sums = self._launch_many(
                 [weights[i] for i in members], [scores[i] for i in members], [w_effs[i] for i in members], beta, kind,
                 w_dtype, o_dtype,
@@ -211,7 +218,7 @@ class TritonElementwise(Backend):
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
         scores: list[Tensor], beta: Tensor, kind: MaskKind,
     ) -> list[Tensor]:
-        if is_capturing(beta):  # gradients have addresses of their own there, and no table may be copied from the host
+        if memory_number(beta):  # in a graph, or its warm-up: gradients have other addresses in the capture than before
             return super().grad_scores_of_many(grad_w_effs, grad_penalties, weights, scores, beta, kind)
         given = list(zip(grad_w_effs, grad_penalties, weights, scores, strict=True))
         made: dict[int, Tensor] = {}

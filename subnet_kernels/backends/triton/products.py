@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ...masks import MaskKind
 from ..base import KIND_CODES, ConvArgs, Needs, conv2d_backward, keeps_w_eff
@@ -37,15 +38,25 @@ def launch_options(config: Gemm) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _is_channels_last(image: Tensor) -> bool:
-    return image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+def _out_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format that torch gives a convolution's result on a GPU."""
+    formats = {suggest_memory_format(x), suggest_memory_format(weight)}
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+
+LARGEST_IMAGE = 2**31 - 1  # elements that rows and columns of one image may span: offsets in it have 32 bits
+
+
+def _is_small(image: Tensor) -> bool:
+    (_, _, height, width), (_, _, row, column) = image.shape, image.stride()
+    return (height - 1) * row + (width - 1) * column <= LARGEST_IMAGE
 
 
 def _is_linear(x: Tensor, weight: Tensor, args: ConvArgs) -> bool:
-    """Whether the convolution is a linear layer over the pixels, as they lie in memory."""
+    """Whether the convolution is a linear layer over the pixels, as they lie in memory, and is computed as one."""
     return (
         weight.shape[2:] == (1, 1) and args.stride == (1, 1) and args.padding == (0, 0) and args.groups == 1
-        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.is_contiguous(memory_format=torch.channels_last) and dot_options(x.dtype) == conv_options(x.dtype)
     )  # fmt: skip
 
 
@@ -65,22 +76,25 @@ class TritonKernels(TritonElementwise):
 
     # --- linear ---------------------------------------------------------------------------------------------------
 
-    def fuses(self, x: Tensor, weight: Tensor, plan: str | None) -> bool:
-        """Whether masked_linear makes the mask inside its product under this plan, its effective weight not kept."""
+    def fuses(self, x: Tensor, weight: Tensor, scores: Tensor, plan: str | None) -> bool:
+        """Whether masked_linear makes the mask inside its product under this plan, its effective weight not kept.
+        Where the plan is open only without gradients: a backward pass would make the mask again."""
         on, (n, k) = rules.chip(x.device), weight.shape
         if plan is not None:
             return not keeps_w_eff(plan) and rules.has_room(on)
+        if x.requires_grad or weight.requires_grad or scores.requires_grad or weight.dtype != x.dtype:
+            return False
         return rules.fuses_product(x.dtype, x.numel() // max(k, 1), n, k, on)
 
-    def plan_of(self, op: str, x: Tensor, weight: Tensor, plan: str | None) -> str:
-        is_fused = plan is None and op == "masked_linear" and self.fuses(x, weight, plan)
+    def plan_of(self, op: str, x: Tensor, weight: Tensor, scores: Tensor, plan: str | None) -> str:
+        is_fused = plan is None and op == "masked_linear" and self.fuses(x, weight, scores, plan)
         return "fused" if is_fused else plan or "cached"
 
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if buffers is not None or not x.numel() or not weight.numel() or not self.fuses(x, weight, plan):
+        if buffers is not None or not x.numel() or not weight.numel() or not self.fuses(x, weight, scores, plan):
             return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
         rows = x.reshape(-1, x.shape[-1])
         out, partials = self._masked_product(rows, weight, scores, beta, bias, kind, True)
@@ -201,19 +215,20 @@ class TritonKernels(TritonElementwise):
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs,
         kind: MaskKind, plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if keeps_w_eff(plan) or not x.numel() or not weight.numel():
+        if keeps_w_eff(plan) or not x.numel() or not weight.numel() or not _is_small(x):
             return super().masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers)
         if _is_linear(x, weight, args):
             out, penalty, _ = self.masked_linear(
                 _pixels(x), weight.flatten(1), scores.flatten(1), beta, bias, kind, plan
             )
-            return _image(out, x), penalty, None
+            return _image(out, x).contiguous(memory_format=_out_format(x, weight)), penalty, None
         sides = zip(x.shape[2:], weight.shape[2:], args.stride, args.padding, args.dilation, strict=True)
         height, width = ((size + 2 * pad - dil * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dil in sides)
-        is_last = _is_channels_last(x) or _is_channels_last(weight)
+        if height * width * weight.shape[0] > LARGEST_IMAGE:
+            return super().masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers)
         out = torch.empty(
             (x.shape[0], weight.shape[0], height, width), dtype=x.dtype, device=x.device,
-            memory_format=torch.channels_last if is_last else torch.contiguous_format,
+            memory_format=_out_format(x, weight),
         )  # fmt: skip
         return out, self._masked_conv(x, weight, scores, beta, bias, out, args, kind, False).sum(), None
 
@@ -252,7 +267,8 @@ class TritonKernels(TritonElementwise):
         self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
         beta: Tensor, w_eff: Tensor | None, args: ConvArgs, kind: MaskKind, needs: Needs,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        if w_eff is not None or grad_out is None or not x.numel() or not grad_out.numel() or not weight.numel():
+        is_ours = w_eff is None and grad_out is not None and x.numel() and grad_out.numel() and weight.numel()
+        if not is_ours or grad_out is None or not _is_small(x) or not _is_small(grad_out):
             return super().masked_conv2d_backward(
                 grad_out, grad_penalty, x, weight, scores, beta, w_eff, args, kind, needs
             )
