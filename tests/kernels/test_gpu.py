@@ -161,6 +161,42 @@ def test_a_captured_step_replayed_20_times_gives_the_numbers_of_the_eager_one(fo
         assert states == [22.0, 22.0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_captured_step_of_convolutions_made_at_once_gives_the_numbers_of_the_eager_one(backend):
+    from subnets import CapturedStep, mask_model
+
+    def trained(is_captured: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2)).cuda()
+        model = model.to(memory_format=torch.channels_last)
+        masks = mask_model(model)
+        optimizer = masks.adamw(lr=0.02, lam=1e-3, capturable=True)
+        masks.anneal(to=50, steps=8, on_device=True)
+        x = torch.zeros(4, 3, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last)
+
+        def step() -> None:
+            masks.refresh()
+            loss = model(x).square().mean()
+            with masks.batch_score_gradients():
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = CapturedStep(masks, step, optimizer) if is_captured else step
+        generator = torch.Generator("cuda").manual_seed(2)
+        for _ in range(8):
+            x.copy_(torch.randn(x.shape, device="cuda", generator=generator))
+            run()
+        assert masks.beta == pytest.approx(50)
+        return [scores.detach() for scores in masks.scores().values()]
+
+    flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with sk.use_backend(backend), flags:
+        for eager, captured in zip(trained(False), trained(True), strict=True):
+            assert (eager + 0.1).abs().max() > 0.05
+            assert torch.allclose(eager, captured, rtol=0, atol=1e-4)
+
+
 def test_eager_steps_between_replays_continue_the_same_training():
     from subnets import CapturedStep
 
