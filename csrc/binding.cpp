@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -395,6 +396,108 @@ void add_penalty_grad(const std::vector<Tensor>& grads_, const std::vector<Tenso
   }
 }
 
+// ---- mask_adamw
+
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay, lam;
+};
+
+// What does not differ between the tensors of a call.
+subnet::MaskAdamW settings_of(const char* op, const AdamW& adamw, const Tensor& beta, const Tensor& next_beta,
+                              int64_t kind) {
+  STD_TORCH_CHECK(kind_of(op, kind) == Kind::sigmoid, op, ": kind must be 0 (sigmoid), a hard mask has no slope");
+  for (const double decay_rate : {adamw.beta1, adamw.beta2}) {
+    STD_TORCH_CHECK(decay_rate >= 0 && decay_rate < 1, op, ": beta1 and beta2 must be in [0, 1), got ", adamw.beta1,
+                    " and ", adamw.beta2);
+  }
+  subnet::MaskAdamW params{};
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.next_beta = *scalar_of(op, "next_beta", next_beta, cpu());
+  params.penalty_scale = (float)adamw.lam;
+  params.decay = (float)(adamw.lr * adamw.weight_decay);
+  params.one_minus_beta1 = (float)(1 - adamw.beta1);
+  params.beta2 = (float)adamw.beta2;
+  params.one_minus_beta2 = (float)(1 - adamw.beta2);
+  params.eps = (float)adamw.eps;
+  return params;
+}
+
+// The chunks of all tensors are shared out together, so that many small ones keep all threads busy.
+void run_mask_adamw(std::vector<subnet::MaskAdamW>& tensors, const std::vector<float*>& penalties) {
+  std::vector<int64_t> first_chunk{0};
+  for (const subnet::MaskAdamW& params : tensors) {
+    first_chunk.push_back(first_chunk.back() + ceil_div(params.num, kChunk));
+  }
+  Partials partials(first_chunk.back());
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].partials = partials.data() + first_chunk[i];
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(first_chunk.back(), kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
+    for (; i < tensors.size() && first_chunk[i] < end; ++i) {
+      kernels.mask_adamw(tensors[i], std::max(begin, first_chunk[i]) - first_chunk[i],
+                         std::min(end, first_chunk[i + 1]) - first_chunk[i]);
+    }
+  });
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (penalties[i] == nullptr) continue;
+    *penalties[i] = (float)add_up(tensors[i].partials, first_chunk[i + 1] - first_chunk[i]);
+  }
+}
+
+// An entry without effective weight has 0 elements as its w_eff and its penalty.
+void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                const std::vector<Tensor>& weights, const std::vector<Tensor>& w_effs,
+                const std::vector<Tensor>& penalties, const std::vector<double>& steps, const Tensor& beta,
+                const Tensor& next_beta, int64_t kind, double lr, double beta1, double beta2, double eps,
+                double weight_decay, double lam) {
+  const char* op = "mask_adamw";
+  const size_t num = scores.size();
+  for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), w_effs.size(),
+                            penalties.size(), steps.size()}) {
+    STD_TORCH_CHECK(size == num, op, ": all lists must be as long as scores (", num, "), got one of ", size);
+  }
+  const AdamW adamw{lr, beta1, beta2, eps, weight_decay, lam};
+  std::vector<subnet::MaskAdamW> tensors(num, settings_of(op, adamw, beta, next_beta, kind));
+  std::vector<float*> penalty_at(num);
+  std::vector<View> written, read;
+  for (size_t i = 0; i < num; ++i) {
+    const View weight = view_of(op, "weights", weights[i], cpu());
+    check_is_dense(op, weight);
+    const auto floats_like_weight = [&](const char* name, const Tensor& tensor, std::vector<View>& views) {
+      views.push_back(view_of_float32(op, name, tensor, cpu()));
+      check_strides(op, views.back(), weight);
+      return reinterpret_cast<float*>(views.back().data);
+    };
+    subnet::MaskAdamW& params = tensors[i];
+    params.num = numel(weight);
+    params.scores = floats_like_weight("scores", scores[i], written);
+    params.exp_avg = floats_like_weight("exp_avgs", exp_avgs[i], written);
+    params.exp_avg_sq = floats_like_weight("exp_avg_sqs", exp_avg_sqs[i], written);
+    params.grad = floats_like_weight("grads", grads[i], read);
+    STD_TORCH_CHECK(steps[i] >= 1, op, ": steps count from 1, got ", steps[i]);
+    params.step_size = (float)(lr / (1 - std::pow(beta1, steps[i])));
+    params.root_scale = (float)(1 / std::sqrt(1 - std::pow(beta2, steps[i])));
+    const View w_eff = view_of(op, "w_effs", w_effs[i], cpu());
+    if (penalties[i].numel() == 0) {
+      STD_TORCH_CHECK(numel(w_eff) == 0, op, ": w_effs without penalty must have 0 elements, got shape ",
+                      text(w_eff.ndim, w_eff.size));
+      continue;
+    }
+    check_strides(op, w_eff, weight);
+    penalty_at[i] = scalar_of(op, "penalties", penalties[i], cpu());
+    written.push_back(w_eff);
+    written.push_back(view_of(op, "penalties", penalties[i], cpu()));
+    read.push_back(weight);
+    params.weight = weight.data;
+    params.w_eff = w_eff.data;
+    params.weight_dtype = weight.dtype;
+    params.w_eff_dtype = w_eff.dtype;
+  }
+  check_disjoint(op, written, read);
+  run_mask_adamw(tensors, penalty_at);
+}
+
 // ---- CUDA
 
 #if defined(SUBNET_WITH_CUDA)
@@ -543,6 +646,9 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " Tensor beta, Tensor(a!) grad_scores) -> ()");
   m.def("add_penalty_grad(Tensor(a!)[] grads, Tensor[] scores, int[] weights_per_score, Tensor beta, float lam,"
         " int kind) -> ()");
+  m.def("mask_adamw(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, float[] steps, Tensor beta, Tensor next_beta,"
+        " int kind, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
   m.def("fused_linear_rows() -> int");
@@ -558,6 +664,7 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_scores", TORCH_BOX(&linear_grad_scores));
   m.impl("add_penalty_grad", TORCH_BOX(&add_penalty_grad));
+  m.impl("mask_adamw", TORCH_BOX(&mask_adamw));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

@@ -4,7 +4,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "layout.h"
 
@@ -83,6 +85,33 @@ int64_t extent(const View& view) {
 void check_disjoint(const char* op, const View& out, const View& in) {
   STD_TORCH_CHECK(out.data + extent(out) <= in.data || in.data + extent(in) <= out.data, op, ": ", out.name,
                   " must not share memory with ", in.name);
+}
+
+// No tensor of `written` shares memory with another one of either list.
+void check_disjoint(const char* op, const std::vector<View>& written, const std::vector<View>& read) {
+  struct Range {
+    const View* view;
+    bool is_written;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(written.size() + read.size());
+  for (const View& view : written) ranges.push_back({&view, true});
+  for (const View& view : read) ranges.push_back({&view, false});
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.view->data < b.view->data; });
+  const View* last = nullptr;          // the one that ends last so far, of all and of the written ones
+  const View* last_written = nullptr;
+  for (const Range& range : ranges) {
+    if (numel(*range.view) == 0) continue;
+    const View* before = range.is_written ? last : last_written;
+    if (before != nullptr) {
+      range.is_written ? check_disjoint(op, *range.view, *before) : check_disjoint(op, *before, *range.view);
+    }
+    const auto ends_later = [&](const View* than) {
+      return than == nullptr || range.view->data + extent(*range.view) > than->data + extent(*than);
+    };
+    if (ends_later(last)) last = range.view;
+    if (range.is_written && ends_later(last_written)) last_written = range.view;
+  }
 }
 
 void check_is_dense(const char* op, const View& weight) {

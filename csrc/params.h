@@ -96,6 +96,26 @@ struct AddPenaltyGrad {
   const Layout* layout;                    // num_weights == num_scores here
 };
 
+// One step of AdamW on scores of weight's shape, and w_eff = weight * m and sum(m) of the new scores (mask_adamw.cpp has
+// the formulas); kind sigmoid. All tensors lie alike in storage order.
+struct MaskAdamW {
+  float* scores;                           // [num]
+  float* exp_avg;                          // [num]
+  float* exp_avg_sq;                       // [num]
+  const float* grad;                       // [num]
+  const void* weight;                      // [num], weight_dtype; read with w_eff only
+  void* w_eff;                             // [num], w_eff_dtype; null: not wanted, then there are no sums either
+  double* partials;                        // one sum of the new mask per kChunk weights
+  int64_t num;
+  float beta, next_beta;                   // of the penalty's gradient, of the new mask
+  float penalty_scale;                     // lam * weights per score
+  float decay;                             // lr * weight_decay
+  float one_minus_beta1, beta2, one_minus_beta2, eps;
+  float step_size;                         // lr / (1 - beta1^step)
+  float root_scale;                        // 1 / sqrt(1 - beta2^step)
+  Dtype weight_dtype, w_eff_dtype;
+};
+
 // packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.
 struct PackMask {
   const uint8_t* mask;                     // [num] bytes, 0 or not 0

@@ -13,13 +13,9 @@ double scale_by_mask(const typename W::Stored* weight, const float* scores, floa
   Sum sum;
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
-    Vector mask[4];
-    for (int k = 0; k < 4; ++k) {
-      const int64_t at = i + k * kLanes;
-      mask[k] = VectorMask::value<kind>(load_as<Vector>(scores + at), beta);
-      O::store(w_eff + at, W::load(weight + at) * mask[k]);
-    }
-    sum.add((mask[0] + mask[1]) + (mask[2] + mask[3]));
+    const Four mask = Mask<RegisterMath<Four>>::template value<kind>(load_four<Float32>(scores + i), Four{} + beta);
+    store_four<O>(w_eff + i, load_four<W>(weight + i) * mask);
+    sum.add((mask.a.a + mask.a.b) + (mask.b.a + mask.b.b));
   }
   for (; i < count; i += kLanes) {
     const int64_t left = count - i < kLanes ? count - i : kLanes;

@@ -46,51 +46,127 @@ SUBNET_INLINE void store_as(T* to, V value) {
 
 SUBNET_INLINE Vector broadcast(float value) { return Vector{} + value; }
 
+// Two values worked on in step; nested, four. A processor's scheduler holds about a hundred waiting instructions, one or
+// two runs of a long chain (sigmoid, root, quotient): only what lies side by side in the code overlaps.
+template <class T>
+struct Two {
+  T a, b;
+};
+
+#define SUBNET_TWO_OPERATOR(op)                                                                                       \
+  template <class T>                                                                                                  \
+  SUBNET_INLINE Two<T> operator op(Two<T> x, Two<T> y) {                                                              \
+    return {x.a op y.a, x.b op y.b};                                                                                  \
+  }                                                                                                                   \
+  template <class T, class C>                                                                                         \
+  SUBNET_INLINE Two<T> operator op(Two<T> x, C same) {                                                                \
+    return {x.a op same, x.b op same};                                                                                \
+  }                                                                                                                   \
+  template <class T, class C>                                                                                         \
+  SUBNET_INLINE Two<T> operator op(C same, Two<T> y) {                                                                \
+    return {same op y.a, same op y.b};                                                                                \
+  }
+SUBNET_TWO_OPERATOR(+)
+SUBNET_TWO_OPERATOR(-)
+SUBNET_TWO_OPERATOR(*)
+SUBNET_TWO_OPERATOR(/)
+#undef SUBNET_TWO_OPERATOR
+
+template <class T>
+SUBNET_INLINE Two<T> operator-(Two<T> x) {
+  return {-x.a, -x.b};
+}
+
+// function(register, ...) for each register of the arguments.
+template <class F, class... R>
+SUBNET_INLINE Vector each(const F& function, Vector x, R... rest) {
+  return function(x, rest...);
+}
+
+template <class F, class T, class... R>
+SUBNET_INLINE Two<T> each(const F& function, Two<T> x, R... rest) {
+  return {each(function, x.a, rest.a...), each(function, x.b, rest.b...)};
+}
+
+// Rounded correctly, as IEEE 754 asks.
+template <class F>
+SUBNET_INLINE F square_root(F x) {
+  return each(
+      [](Vector a) {
+#if defined(__AVX512F__)
+        return (Vector)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+        return (Vector)_mm256_sqrt_ps((__m256)a);
+#else
+        Vector root;
+        for (int lane = 0; lane < kLanes; ++lane) root[lane] = __builtin_sqrtf(a[lane]);
+        return root;
+#endif
+      },
+      x);
+}
+
+// The policy of mask.h over F, one register or several in step.
 // exp(r) = 1 + r + r^2 * P(r) on |r| <= ln(2)/2: own least-maximum fit, relative error 3.6e-9 with rounded coefficients.
-struct VectorMath {
-  using Float = Vector;
+template <class F>
+struct RegisterMath {
+  using Float = F;
 
-  static SUBNET_INLINE Vector absolute(Vector z) { return (Vector)((VectorBits)z & 0x7fffffffu); }
-  static SUBNET_INLINE Vector where_nonnegative(Vector z, Vector a, Vector b) { return z >= 0.0f ? a : b; }
-  static SUBNET_INLINE Vector where_positive(Vector z, Vector a, Vector b) { return z > 0.0f ? a : b; }
+  static SUBNET_INLINE Float absolute(Float z) {
+    return each([](Vector a) { return (Vector)((VectorBits)a & 0x7fffffffu); }, z);
+  }
+  static SUBNET_INLINE Float where_nonnegative(Float z, Float a, Float b) {
+    return each([](Vector z, Vector a, Vector b) { return z >= 0.0f ? a : b; }, z, a, b);
+  }
+  static SUBNET_INLINE Float where_positive(Float z, Float a, Float b) {
+    return each([](Vector z, Vector a, Vector b) { return z > 0.0f ? a : b; }, z, a, b);
+  }
 
-  static SUBNET_INLINE Vector exp_minus(Vector a) {
+  static SUBNET_INLINE Float exp_minus(Float a) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    const Vector shifted = a * -1.44269504f + kMagic;
-    const Vector n = shifted - kMagic;
-    Vector r = -a - n * 0.693359375f;  // exact: the constant has 9 bits, n at most 8
+    const Float shifted = a * -1.44269504f + kMagic;
+    const Float n = shifted - kMagic;
+    Float r = -a - n * 0.693359375f;  // exact: the constant has 9 bits, n at most 8
     r = r - n * -2.12194440e-4f;
-    Vector p = broadcast(1.3814540579915047e-3f);
-    p = p * r + 8.36874544620514e-3f;
+    Float p = r * 1.3814540579915047e-3f + 8.36874544620514e-3f;
     p = p * r + 4.166838899254799e-2f;
     p = p * r + 1.666652113199234e-1f;
     p = p * r + 4.999999403953552e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
 #if defined(__AVX512F__)
-    const __mmask16 is_kept = _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(kNegligible), _CMP_NGT_UQ);
-    return (Vector)_mm512_maskz_scalef_ps(is_kept, (__m512)p, (__m512)n);
+    return each(
+        [](Vector a, Vector p, Vector n) {
+          const __mmask16 is_kept = _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(kNegligible), _CMP_NGT_UQ);
+          return (Vector)_mm512_maskz_scalef_ps(is_kept, (__m512)p, (__m512)n);
+        },
+        a, p, n);
 #else
-    const VectorBits power = ((VectorBits)shifted - 0x4b400000u + 127u) << 23;  // 2^n, n >= -100
-    return a > kNegligible ? Vector{} : p * (Vector)power;  // a NaN is kept
+    return each(
+        [](Vector a, Vector p, Vector shifted) {
+          const VectorBits power = ((VectorBits)shifted - 0x4b400000u + 127u) << 23;  // 2^n, n >= -100
+          return a > kNegligible ? Vector{} : p * (Vector)power;                      // a NaN is kept
+        },
+        a, p, shifted);
 #endif
   }
 
   // 1/d for d = 1 + e, corrected for the rounding of that sum: within 1 ulp.
-  static SUBNET_INLINE Vector reciprocal_1p(Vector e) {
-    const Vector d = 1.0f + e;
-    const Vector lost = e - (d - 1.0f);  // exact
+  static SUBNET_INLINE Float reciprocal_1p(Float e) {
+    const Float d = 1.0f + e;
+    const Float lost = e - (d - 1.0f);  // exact
 #if defined(__AVX512F__)
     // 14 bits, then one Newton step, at a third of the division's time.
-    const Vector x = (Vector)_mm512_rcp14_ps((__m512)d);
+    const Float x = each([](Vector d) { return (Vector)_mm512_rcp14_ps((__m512)d); }, d);
     return x + x * ((1.0f - d * x) - lost * x);
 #else
-    const Vector x = 1.0f / d;
+    const Float x = 1.0f / d;
     return x - (x * x) * lost;
 #endif
   }
 };
 
+using VectorMath = RegisterMath<Vector>;
 using VectorMask = Mask<VectorMath>;
 
 // How each dtype is stored. Stores round to nearest even; a NaN stays a NaN.
@@ -184,6 +260,21 @@ SUBNET_INLINE void store_some(typename D::Stored* to, Vector value, int64_t coun
   typename D::Stored buffer[kLanes];
   D::store(buffer, value);
   __builtin_memcpy(to, buffer, count * sizeof(typename D::Stored));
+}
+
+using Four = Two<Two<Vector>>;  // kGroup elements
+
+template <class D>
+SUBNET_INLINE Four load_four(const typename D::Stored* from) {
+  return {{D::load(from), D::load(from + kLanes)}, {D::load(from + 2 * kLanes), D::load(from + 3 * kLanes)}};
+}
+
+template <class D>
+SUBNET_INLINE void store_four(typename D::Stored* to, Four value) {
+  D::store(to, value.a.a);
+  D::store(to + kLanes, value.a.b);
+  D::store(to + 2 * kLanes, value.b.a);
+  D::store(to + 3 * kLanes, value.b.b);
 }
 
 // A sum kept in double: registers are added in groups of four before they are widened, which costs two roundings.

@@ -56,6 +56,17 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class AdamW(NamedTuple):
+    """The numbers of one AdamW step. lr and lam may be 0-d tensors on the scores' device; lam: see MaskAdamW."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    lam: float | Tensor = 0.0
+
+
 class Backend:
     """One way to run the ops. ``refuse`` returns None (it will run the call) or the reason why not, in words."""
 
@@ -109,6 +120,18 @@ class Backend:
     ) -> None:
         """grads += lam * weights_per_score * penalty_slope, in place; lam may be a 0-d tensor on the scores' device,
         whose value no GPU backend reads on the host."""
+        raise NotImplementedError
+
+    has_mask_adamw = False  # whether there is a kernel for mask_adamw_
+
+    def mask_adamw_(
+        self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+        steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        """One AdamW step (its number in ``steps``, 0-d) on trainable fp32 scores of their weight's shape and strides,
+        all dense, with lam * penalty_slope at ``beta`` added to the gradients in passing; then, where slots has (w_eff,
+        penalty), the effective weight and the penalty of the new scores at ``next_beta``. In place, in one pass."""
         raise NotImplementedError
 
     def plan_of(self, op: str, x: Tensor, weight: Tensor, scores: Tensor, plan: str | None) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
-from .base import KERNEL_DTYPES, KIND_CODES, Backend, Call, keeps_w_eff
+from .base import KERNEL_DTYPES, KIND_CODES, AdamW, Backend, Call, keeps_w_eff
 from .layout import aligned, is_dense, with_strides_of
 
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
@@ -66,6 +66,7 @@ class NativeBackend(Backend):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.has_mask_adamw = name == "cpu"
 
     def refuse(self, call: Call) -> str | None:
         if (reason := load_error()) is not None:
@@ -220,3 +221,17 @@ class NativeBackend(Backend):
         )
         for grad in grads:
             _bump(grad)
+
+    def mask_adamw_(
+        self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+        steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        nothing = beta.new_empty(0)  # how the op is told that an entry has no effective weight
+        w_effs, penalties = zip(*(slot or (nothing, nothing) for slot in slots)) if slots else ((), ())
+        torch.ops.subnet_native.mask_adamw.default(
+            scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, [float(step) for step in steps], beta,
+            next_beta, KIND_CODES[kind.name], *(float(number) for number in numbers),
+        )  # fmt: skip
+        written = [tensor for slot in slots if slot is not None for tensor in slot]
+        _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])
