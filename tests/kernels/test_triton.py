@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnet_kernels as sk
+from subnet_kernels.backends.base import AdamW
 from subnet_kernels.backends.triton import TritonBackend, load_error
 from subnet_kernels.masks import as_kind
 from subnet_kernels.testing import conv_case, linear_case, ours, run, worst_errors
@@ -299,9 +300,9 @@ def test_no_table_is_copied_to_the_device_while_addresses_stay():
     out = [torch.empty(5, 7, device=DEVICE) for _ in range(3)]
     kernels, kind = products.TritonKernels(), sk.masks.Sigmoid()
     for step in range(3):
-        before = launch._table.cache_info()
+        before = launch._addresses.cache_info()
         kernels.effective_weights(weights, scores, BETA, kind, [torch.float32] * 3, out)
-        assert launch._table.cache_info().misses == before.misses + (step == 0)
+        assert launch._addresses.cache_info().misses == before.misses + (step == 0)
         scores[0].add_(1.0)
     assert torch.allclose(out[0], weights[0] * torch.sigmoid(3 * (scores[0] - 1)), atol=1e-6)
 
@@ -475,3 +476,56 @@ def test_an_image_too_large_for_32_bit_offsets_goes_to_the_vendor(monkeypatch):
     with Vendor() as vendor:
         check(case, plan="fused")
     assert "convolution" in vendor.seen and "convolution_backward" in vendor.seen
+
+
+def adamw_in_fp64(s, g, m1, m2, t, beta, lr, beta1, beta2, eps, weight_decay, lam):
+    """(scores, moments) after one step, by the formula."""
+    z = beta * s
+    g = g + lam * beta * torch.sigmoid(z) * torch.sigmoid(-z)
+    s = s - lr * weight_decay * s
+    m1, m2 = beta1 * m1 + (1 - beta1) * g, beta2 * m2 + (1 - beta2) * g * g
+    return s - lr / (1 - beta1**t) * m1 / ((m2 / (1 - beta2**t)).sqrt() + eps), m1, m2
+
+
+@pytest.mark.parametrize("is_captured", [False, True], ids=["one launch", "one by one"])
+@pytest.mark.parametrize("has_tensors", [False, True], ids=["numbers", "tensors"])
+def test_one_pass_of_the_optimizer_is_adamw_and_writes_the_effective_weights_of_the_next_beta(
+    has_tensors, is_captured, monkeypatch
+):
+    monkeypatch.setattr(launch, "memory_number", lambda tensor: int(is_captured))
+    torch.manual_seed(0)
+    shapes = [(1, 1), (3, 5), (40, 60), (8, 3, 3, 3), (0, 4), (33, 31)]
+    weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    weights[1], weights[3] = weights[1].half(), weights[3].contiguous(memory_format=torch.channels_last)
+
+    def like(weight, scale=1.0):
+        return torch.randn(weight.shape, device=DEVICE).mul_(scale).as_strided(weight.shape, weight.stride())
+
+    scores, grads, firsts = ([like(w, scale) for w in weights] for scale in (1.0, 0.1, 0.01))
+    seconds = [like(w, 0.1).square_() for w in weights]
+    slots = [(torch.full_like(w, float("nan"), dtype=torch.float16 if i < 3 else w.dtype), torch.tensor(float("nan")))
+             for i, w in enumerate(weights)]  # fmt: skip
+    slots = [(w_eff, penalty.to(DEVICE)) for w_eff, penalty in slots]
+    slots[2] = None
+    times = [1, 2, 1000, 3, 1, 1]
+    steps = [torch.tensor(float(t), device=DEVICE) for t in times]
+    lr, lam = (torch.tensor(v, device=DEVICE) if has_tensors else v for v in (0.01, 0.05))
+    next_beta = torch.tensor(7.0, device=DEVICE)
+    before = [[t.double() for t in group] for group in (scores, grads, firsts, seconds)]
+    numbers = AdamW(lr, 0.9, 0.999, 1e-8, 0.01, lam)
+    kernels, kind = launch.TritonElementwise(), sk.masks.Sigmoid()
+    kernels.mask_adamw_(scores, grads, firsts, seconds, steps, weights, slots, BETA, next_beta, kind, numbers)
+    for i, t in enumerate(times):
+        s, g, m1, m2 = (group[i] for group in before)
+        expected = adamw_in_fp64(s, g, m1, m2, t, 3.0, 0.01, 0.9, 0.999, 1e-8, 0.01, 0.05)
+        assert torch.equal(grads[i].double(), g)
+        for new, true, old in zip((scores[i], firsts[i], seconds[i]), expected, (s, m1, m2), strict=True):
+            assert ((new.double() - true).abs() <= 2.0**-21 * (true.abs() + old.abs() + 0.05)).all()
+        if slots[i] is not None and scores[i].numel():
+            m = torch.sigmoid(7 * scores[i].double())
+            w_eff, penalty = slots[i]
+            true = weights[i].double() * m
+            roundoff = {torch.float32: 2.0**-21, torch.float16: 2.0**-10}[w_eff.dtype]
+            assert ((w_eff.double() - true).abs() <= roundoff * true.abs() + 6e-8).all()
+            assert penalty.item() == pytest.approx(m.sum().item(), rel=1e-6)
+    assert slots[4][1].item() == 0.0

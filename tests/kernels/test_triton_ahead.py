@@ -15,7 +15,7 @@ if TritonBackend._is_interpreted():
 
 import triton
 
-from subnet_kernels.backends.triton import convolution, elementwise, masked_product, score_gradient, units
+from subnet_kernels.backends.triton import convolution, elementwise, mask_adamw, masked_product, score_gradient, units
 from tests.kernels.triton_ahead import ARCHS, MASKED, ODD, SHARED_LIMIT, builds, compile_ahead, read_table
 
 BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
@@ -39,7 +39,7 @@ def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, 
 
 
 def test_no_kernel_is_left_out():
-    modules = (convolution, elementwise, masked_product, score_gradient, units)
+    modules = (convolution, elementwise, mask_adamw, masked_product, score_gradient, units)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert written == {build.kernel.__name__ for build in BUILDS.values()}
 

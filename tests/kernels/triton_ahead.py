@@ -18,7 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from subnet_kernels.backends.triton import configs, convolution, elementwise, masked_product, score_gradient, units
+from subnet_kernels.backends.triton import (
+    configs,
+    convolution,
+    elementwise,
+    mask_adamw,
+    masked_product,
+    score_gradient,
+    units,
+)
 
 TABLE = Path(__file__).with_name("triton_kernels.csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -116,6 +124,10 @@ def builds() -> Iterator[Build]:
                     coarse = {**constants, "IS_COARSE": True}
                     yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
             yield from _convolutions(dtype, label, {**product, "x_column": None})
+        adamw = {**flat, "KIND": 0, "READS_LR": False, "READS_LAM": False, "WRITES": True}
+        yield Build(mask_adamw.mask_adamw_kernel, "", dtype, {**adamw, "READS_LAM": True}, warps)
+        many = {**adamw, "W_DTYPE": tl, "O_DTYPE": tl, "IS_ALIGNED": True}
+        yield Build(mask_adamw.mask_adamw_of_many_kernel, "", dtype, many, warps)
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
     for reads_lam in (False, True):
@@ -175,7 +187,7 @@ _POINTERS = {
     "weight": "W", "w_eff": "W", "grad_w_eff": "W", "grad_weight": "W", "x": "W", "grad_out": "W", "bias": "W",
     "out": "W", "scores": "fp32", "beta": "fp32", "partials": "fp32", "sums": "fp32", "grad_penalty": "fp32",
     "lam": "fp32", "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
-    "block_first": "i64", "bounds": "i64",
+    "block_first": "i64", "bounds": "i64", "exp_avg": "fp32", "exp_avg_sq": "fp32", "next_beta": "fp32", "step": "fp32",
 }  # fmt: skip
 
 
@@ -189,13 +201,15 @@ _ANY_NUMBER = {
 _SIZES = {"m", "n", "k", "x_row", "grad_out_row", "weight_row", "weight_column"}
 _TUPLES = {
     "sizes": 6, "window": 6, "x_strides": 4, "out_strides": 4, "grad_strides": 4, "weight_strides": 4,
-    "score_strides": 4, "score_groups": 4,
+    "score_strides": 4, "score_groups": 4, "numbers": 7,
 }  # fmt: skip  # arguments that are tuples, and how long
 
 
 def _type_of(name: str, build: Build) -> str:
     if name in build.constants:
         return "constexpr"
+    if name == "lr" or (name == "lam" and not build.constants.get("READS_LAM")):
+        return "fp32"
     if name == "scale" or (name == "per_score" and "HAS_PENALTY" in build.constants):
         return "fp32"
     if name in _POINTERS:
@@ -215,7 +229,8 @@ def compile_ahead(build: Build, arch: int) -> Row:
     for at, name in enumerate(names):
         if name in _TUPLES:
             parts = range(_TUPLES[name])
-            signature[name] = tuple("constexpr" if (at, part) in constants else "i32" for part in parts)
+            number = "fp32" if name == "numbers" else "i32"
+            signature[name] = tuple("constexpr" if (at, part) in constants else number for part in parts)
             # rows of channels_last images and weights hold multiples of 16 values
             if CHANNELS_LAST in build.label and name.endswith("_strides") and name != "score_strides":
                 multiples += [(at, part) for part in parts if (at, part) not in constants]

@@ -51,6 +51,7 @@ class TritonBackend(Backend):
     """Says what Triton serves, and hands it to products.TritonKernels."""
 
     name = "triton"
+    has_mask_adamw = True
 
     def refuse(self, call: Call) -> str | None:
         if call.device != "cuda" and not self._is_interpreted():
@@ -90,6 +91,7 @@ def _hand_over(name: str) -> Any:
 
 for _name in (
     "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
-    "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d", "masked_conv2d_backward",
+    "mask_adamw_", "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d",
+    "masked_conv2d_backward",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

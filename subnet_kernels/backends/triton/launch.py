@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ...capturing import capture_number, keep_if_captured, memory_number
 from ...masks import MaskKind
-from ..base import KIND_CODES, Backend
+from ..base import KIND_CODES, AdamW, Backend
 from ..layout import aligned, is_dense, with_strides_of
 from . import configs, rules
 from .elementwise import (
@@ -25,6 +26,7 @@ from .elementwise import (
     grad_scores_kernel,
     grad_scores_of_many_kernel,
 )
+from .mask_adamw import mask_adamw_kernel, mask_adamw_of_many_kernel
 from .units import effective_weight_unit_kernel, finish_scores_kernel, score_sums_kernel
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,24 +38,34 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(
-    addresses: tuple[tuple[int, ...], ...], block: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels for many tensors read: the tensors (the last number: how many weights), which block is whose,
-    whose partials are where. Kept, because a model's addresses stay: no copy to the device per step, none in a captured
-    CUDA graph."""
+def _addresses(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A table of addresses (the last number of a row: how many weights). Kept, because a model's addresses stay: no
+    copy to the device per step, none in a captured CUDA graph."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(nums: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which block is whose, from which element on, and whose partials are where, for tensors of so many weights."""
     owner, first, bounds = [], [], [0]
-    for i, (*_, num) in enumerate(addresses):
+    for i, num in enumerate(nums):
         starts = range(0, num, block)
         owner += [i] * len(starts)
         first += starts
         bounds.append(len(owner))
     return (
-        torch.tensor(addresses, dtype=torch.int64, device=device),
         torch.tensor(owner, dtype=torch.int32, device=device),
         torch.tensor(first, dtype=torch.int64, device=device),
         torch.tensor(bounds, dtype=torch.int64, device=device),
     )
+
+
+def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels for many tensors read."""
+    table = _addresses(addresses, device)
+    owner, first, bounds = _blocks(tuple(row[-1] for row in addresses), configs.ELEMENTWISE.block, device)
+    keep_if_captured(table, owner, first, bounds)
+    return table, owner, first, bounds
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,8 +177,7 @@ class TritonElementwise(Backend):
             (w.data_ptr(), s.data_ptr(), o.data_ptr(), w.numel())
             for w, s, o in zip(weights, scores, w_effs, strict=True)
         )
-        table, owner, first, bounds = _table(addresses, config.block, beta.device)
-        keep_if_captured(table, owner, first, bounds)
+        table, owner, first, bounds = _table(addresses, beta.device)
         is_aligned = all(number % 16 == 0 for row in addresses for number in row)
         partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
         with on_device_of(beta):
@@ -239,8 +250,7 @@ class TritonElementwise(Backend):
                 )
                 for grad, i in zip(grads, members, strict=True)
             )  # fmt: skip
-            table, owner, first, bounds = _table(addresses, configs.ELEMENTWISE.block, beta.device)
-            keep_if_captured(table, owner, first, bounds)
+            table, owner, first, _ = _table(addresses, beta.device)
             is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:4], row[5]))
             with on_device_of(beta):
                 grad_scores_of_many_kernel[(len(owner),)](
@@ -290,3 +300,70 @@ class TritonElementwise(Backend):
                     KIND_CODES[kind.name], config.block, num_warps=config.num_warps,
                 )  # fmt: skip
             grad.copy_(dense) if dense is not grad else torch.autograd.graph.increment_version(grad)
+
+    # --- optimizer ------------------------------------------------------------------------------------------------
+
+    has_mask_adamw = True
+
+    def mask_adamw_(
+        self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+        steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        groups: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
+        for i, (weight, slot) in enumerate(zip(weights, slots, strict=True)):
+            if weight.numel():
+                groups.setdefault((weight.dtype, None if slot is None else slot[0].dtype), []).append(i)
+            elif slot is not None:
+                slot[1].zero_()
+        lr, lam = numbers.lr, numbers.lam
+        beta1, beta2 = numbers.beta1, numbers.beta2
+        rest = (
+            (1 - beta1, beta2, 1 - beta2, math.log2(beta1) if beta1 else -1e4, math.log2(beta2) if beta2 else -1e4,
+             numbers.eps, numbers.weight_decay),
+            beta, next_beta, lr, lam,
+        )  # fmt: skip
+        flags = {"READS_LR": isinstance(lr, Tensor), "READS_LAM": isinstance(lam, Tensor)}
+        flags |= {"KIND": KIND_CODES[kind.name], "BLOCK": configs.ELEMENTWISE.block}
+        options = {"num_warps": configs.ELEMENTWISE.num_warps}
+        for (w_dtype, o_dtype), members in groups.items():
+            tensors = [
+                (scores[i], grads[i], exp_avgs[i], exp_avg_sqs[i], weights[i],
+                 weights[i] if (slot := slots[i]) is None else slot[0], steps[i]) for i in members
+            ]  # fmt: skip
+            flags["WRITES"] = o_dtype is not None
+            with on_device_of(beta):
+                if memory_number(beta):  # gradients have addresses of their own there, as in grad_scores_of_many
+                    sums = []
+                    for given in tensors:
+                        num = given[0].numel()
+                        partials = beta.new_empty(triton.cdiv(num, flags["BLOCK"]))
+                        mask_adamw_kernel[(len(partials),)](
+                            *given[:6], partials, given[6], num, *rest, **flags, **options
+                        )
+                        sums.append(partials.sum())
+                else:
+                    addresses = tuple(
+                        (*(tensor.data_ptr() for tensor in given), given[0].numel()) for given in tensors
+                    )
+                    table, owner, first, bounds = _table(addresses, beta.device)
+                    is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[7]))
+                    partials = beta.new_empty(len(owner))
+                    mask_adamw_of_many_kernel[(len(owner),)](
+                        table, owner, first, partials, *rest, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype],
+                        IS_ALIGNED=is_aligned, **flags, **options,
+                    )  # fmt: skip
+                    sums = self._add_up(partials, bounds)
+            written = [slot for i in members if (slot := slots[i]) is not None]
+            if written:
+                torch._foreach_copy_([penalty for _, penalty in written], list(sums))  # pyright: ignore
+                torch.autograd.graph.increment_version([w_eff for w_eff, _ in written])
+        torch.autograd.graph.increment_version([*scores, *exp_avgs, *exp_avg_sqs])
+
+    @staticmethod
+    def _add_up(partials: Tensor, bounds: Tensor) -> list[Tensor]:
+        """The sum of each tensor's partial sums."""
+        sums = partials.new_empty(len(bounds) - 1)
+        config = configs.ADD_UP
+        add_up_kernel[(len(sums),)](partials, bounds, sums, config.block, num_warps=config.num_warps)
+        return list(sums.unbind())
