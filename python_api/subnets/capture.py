@@ -77,7 +77,9 @@ class CapturedStep:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream), torch.random.fork_rng([device.index]), put_back(masks, optimizer):
                 for _ in range(num_warmups - 1):
+                    masks.invalidate()  # the capture will trust nothing: let each run load what that takes
                     _check_result(step())
+                masks.invalidate()
                 # a capture that fails half-way leaves torch in disorder; the first two runs may make tables and memory
                 with _in_words(), _waits_refused() if num_warmups > 2 else contextlib.nullcontext():
                     _check_result(step())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subnet_kernels.backends.base import Backend, keeps_w_eff
-from subnet_kernels.capturing import FOREIGN, capture_number
+from subnet_kernels.capturing import FOREIGN, capture_number, memory_number
 from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
@@ -276,7 +276,7 @@ class MaskSet:
         optimizer = MaskAdamW(
             trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, capturable=capturable
         )
-        optimizer.register_step_post_hook(lambda *_: self.step())
+        optimizer.advance = self.step
         return optimizer
 
     @contextlib.contextmanager
@@ -402,12 +402,16 @@ class MaskSet:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make every layer's effective weight now, all layers in one call per dtype (one launch on a GPU)."""
+        """Make every effective weight that is stale now, all in one call per dtype (one launch on a GPU)."""
         groups: dict[tuple[Any, ...], list[MaskedLayer]] = {}
         for layer in self.layers.values():
             if not keeps_w_eff(layer.plan):
                 continue
             dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
+            is_rehearsal = memory_number(self._state.beta) != 0  # a capture's warm-up: runs what the capture will
+            fresh = layer._slot.is_fresh(*_outputs_first(layer), self._state.beta, layer.current_kind, dtype)
+            if fresh and not is_rehearsal:
+                continue
             backend = _backend_of(layer, dtype)  # the layer's own, so that bits do not depend on who made them
             key = layer.current_kind, dtype, backend, layer.weight.dtype, layer.weight.device
             groups.setdefault(key, []).append(layer)

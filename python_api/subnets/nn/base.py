@@ -126,6 +126,7 @@ class MaskedLayer(nn.Module):
     """Mixin of the masked layers. ``weight`` is the base weight, ``scores`` the trained scores (same memory layout)."""
 
     base_class: type[nn.Module]  # the ordinary layer's class, to which unmask goes back
+    passes_transposed = False  # whether the op gets weight.t() and scores.t()
 
     weight: nn.Parameter
     scores: nn.Parameter
@@ -167,7 +168,8 @@ class MaskedLayer(nn.Module):
 
     def _bind_scores(self) -> None:
         """Tell MaskAdamW what the scores belong to."""
-        bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, weakref.ref(self._slot)))
+        slot = weakref.ref(self._slot)
+        bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, slot, self.passes_transposed))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # a deep copy or an unpickled layer has scores of its own

@@ -28,6 +28,8 @@ class MaskedHFConv1D(MaskedLayer):
         unit: names roles as everywhere: "row" is one score per output, here a column of the stored weight.
     """
 
+    passes_transposed = True
+
     def __init__(
         self, nf: int, nx: int, *, kind: str | MaskKind = "sigmoid", score_init: float = -0.1, unit: Unit = "weight",
         device: Any = None, dtype: torch.dtype | None = None,
