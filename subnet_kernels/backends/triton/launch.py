@@ -37,11 +37,17 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers; to a GPU without waiting for it."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @functools.lru_cache(maxsize=64)
 def _addresses(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """A table of addresses (the last number of a row: how many weights). Kept, because a model's addresses stay: no
     copy to the device per step, none in a captured CUDA graph."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    return _on_device(addresses, torch.int64, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,9 +60,8 @@ def _blocks(nums: tuple[int, ...], block: int, device: torch.device) -> tuple[Te
         first += starts
         bounds.append(len(owner))
     return (
-        torch.tensor(owner, dtype=torch.int32, device=device),
-        torch.tensor(first, dtype=torch.int64, device=device),
-        torch.tensor(bounds, dtype=torch.int64, device=device),
+        _on_device(owner, torch.int32, device), _on_device(first, torch.int64, device),
+        _on_device(bounds, torch.int64, device),
     )
 
 
