@@ -16,7 +16,7 @@ from .backends.base import AdamW, Backend
 from .backends.layout import is_dense
 from .dispatch import choose_for, forced_backend
 from .masks import MaskKind, weights_per_score
-from .slots import Slot
+from .slots import Slot, clear_all_slots
 
 
 class Masked(NamedTuple):
@@ -57,7 +57,8 @@ class MaskAdamW(torch.optim.AdamW):
 
     Where a backend has the kernel, a step is one pass over scores, gradient, moments and weight, which also writes the
     effective weight of the next forward pass into the layer's slot; gradients are left as they are. Elsewhere (coarse
-    scores, fp64, the reference) torch's AdamW runs after a pass that adds the penalty's gradient to ``.grad``.
+    scores, fp64, the reference) torch's AdamW runs after a pass that adds the penalty's gradient to ``.grad``. Scores
+    that are written through ``.data`` between a step and the next forward pass need MaskSet.invalidate().
 
     Attributes:
         advance: called between reading beta and writing effective weights, to change beta: MaskSet.adamw puts the
@@ -69,13 +70,14 @@ class MaskAdamW(torch.optim.AdamW):
         lam: weight of the penalty per masked weight, finite and >= 0. Or a 0-d floating-point tensor on the scores'
             device, which may be changed in place between steps; its value is read on the device only, so that it is
             not checked.
-        capturable: as AdamW's: a step may be captured in a CUDA graph. A float lam, lr or weight_decay is then part of
-            the graph; give what is to change as a tensor.
+        capturable: as AdamW's: a step may be captured in a CUDA graph. Numbers that are no tensors are then part of
+            the graph; give a lam or lr that is to change as a tensor.
         in_backward, moment_dtype: not built yet; refused.
 
     Raises:
         ValueError: a float lam is negative or not finite; lam is positive or a tensor for a group without any masked
             layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device.
+            amsgrad or maximize is set in a group (at the step).
         NotImplementedError: in_backward or moment_dtype were asked for.
 
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
@@ -107,6 +109,7 @@ class MaskAdamW(torch.optim.AdamW):
         if "lam" in self.defaults:
             group = self.param_groups[-1]
             group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
+            group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -114,6 +117,7 @@ class MaskAdamW(torch.optim.AdamW):
         before = [group["lam"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, lam in zip(self.param_groups, before, strict=True):
+            group.setdefault("lam", lam)  # torch's own AdamW has none
             if isinstance(lam, Tensor):
                 group["lam"] = lam.copy_(torch.as_tensor(group.get("lam", lam)))
 
@@ -124,10 +128,16 @@ class MaskAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo  # pyright: ignore  # step counts are read on the host, which would compile anew each time
+    def _step(self) -> None:
         _check_capture(self)
         batches: dict[tuple[Any, ...], list[tuple[_Entry, Masked]]] = {}
-        self.writes_effective_weights = True  # unless torch's own AdamW moves something: see slots.py
+        has_others = False
         for number, group in enumerate(self.param_groups):
+            _check_group(group)
             lam = _check_lam(group["lam"], group["params"])
             if has_penalty := isinstance(lam, Tensor) or lam > 0:
                 _make_missing_gradients(group["params"])
@@ -140,17 +150,21 @@ class MaskAdamW(torch.optim.AdamW):
                     key = number, backend, masked.kind, id(masked.beta)
                     batches.setdefault(key, []).append((entry, masked))
             if others:
-                self.writes_effective_weights = False
+                has_others = True
                 if has_penalty:
                     _add_penalty_gradients(others, lam)
                 _torch_adamw([entry for entry, _ in others], group)
+        if has_others:
+            clear_all_slots()  # now, not after the step: what the kernels write stays
+        # a hook after the step may edit scores through .data, which nothing would notice
+        self.writes_effective_weights = not self._optimizer_step_post_hooks
         betas = {key[3]: entries[0][1].beta for key, entries in batches.items()}
         before = {number: beta.clone() for number, beta in betas.items()}
         if self.advance is not None:
             self.advance()
         for (number, backend, kind, beta), entries in batches.items():
-            _mask_adamw(backend, kind, entries, self.param_groups[number], before[beta], betas[beta])
-        return loss
+            group = self.param_groups[number]
+            _mask_adamw(backend, kind, entries, group, before[beta], betas[beta], self.writes_effective_weights)
 
     def _entries(self, group: dict[str, Any]) -> list[_Entry]:
         """The group's parameters that have a gradient, with their state, made where it is missing."""
@@ -164,16 +178,20 @@ class MaskAdamW(torch.optim.AdamW):
         param, forced = entry.param, forced_backend()
         known = self._known.get(id(param))
         if (
-            known is None or known.binding != _num_bindings or known.forced != forced
+            known is None or known.binding != _num_bindings or known.forced != forced or known.step is not entry.step
             or known.exp_avg is not entry.exp_avg or known.exp_avg_sq is not entry.exp_avg_sq
         ):  # fmt: skip
             masked = masked_of(param)
-            backend = None if masked is None else _backend_of(entry, masked, group)
-            strides = param.stride()
-            known = _Known(param, entry.exp_avg, entry.exp_avg_sq, _num_bindings, forced, masked, backend, strides)
+            backend = None if masked is None else _backend_of(entry, masked)
+            state = entry.exp_avg, entry.exp_avg_sq, entry.step
+            known = _Known(param, *state, _num_bindings, forced, masked, backend, param.stride())
             self._known[id(param)] = known
-        fits = known.backend and entry.grad.dtype == torch.float32 and entry.grad.stride() == known.strides
-        return known.masked, known.backend if fits else None
+        if known.masked is None or known.backend is None or not group["fused"] or not param.requires_grad:
+            return known.masked, None
+        strides, grad = known.strides, entry.grad  # a write through .data can change how param and weight lie
+        is_alike = param.stride() == strides and known.masked.weight.stride() == strides and grad.stride() == strides
+        is_fp32 = param.dtype == torch.float32 and grad.dtype == torch.float32
+        return known.masked, known.backend if is_alike and is_fp32 and grad.device == param.device else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -186,6 +204,7 @@ class _Known(NamedTuple):
     param: Tensor  # kept, so that no other can get its id
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    step: Tensor
     binding: int
     forced: str | None
     masked: Masked | None
@@ -210,15 +229,16 @@ class _Entry(NamedTuple):
     step: Tensor
 
 
-def _backend_of(entry: _Entry, masked: Masked, group: dict[str, Any]) -> Backend | None:
+def _backend_of(entry: _Entry, masked: Masked) -> Backend | None:
     """The backend whose kernel steps these scores, given a gradient of their dtype and strides; None: torch's AdamW."""
     param = entry.param
-    if not masked.kind.is_trainable or not group["fused"]:
+    if not masked.kind.is_trainable:
         return None
     weight = masked.weight
     if (
         param.dtype != torch.float32 or weight.shape != param.shape or weight.device != param.device
-        or masked.beta.device != param.device or group["amsgrad"] or group["maximize"]
+        or masked.beta.device != param.device or entry.step.dtype != torch.float32
+        or any(t.device != param.device for t in entry[2:])
         or any(t.dtype != torch.float32 or t.stride() != weight.stride() for t in (param, *entry[2:4]))
         or not is_dense(weight)
     ):  # fmt: skip
@@ -238,9 +258,9 @@ def _torch_adamw(entries: list[_Entry], group: dict[str, Any]) -> None:
 
 def _mask_adamw(
     backend: Backend, kind: MaskKind, entries: list[tuple[_Entry, Masked]], group: dict[str, Any], beta: Tensor,
-    next_beta: Tensor,
+    next_beta: Tensor, writes: bool,
 ) -> None:
-    """One step of these in one pass, which writes the effective weights of layers that keep one."""
+    """One step of these in one pass, which, if it ``writes``, makes the effective weights of layers that keep one."""
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(p) for p in zip(*(e for e, _ in entries), strict=True))
     masked = [of for _, of in entries]
     torch._foreach_add_(steps, 1)  # pyright: ignore
@@ -248,7 +268,7 @@ def _mask_adamw(
     slots: list[tuple[Tensor, Tensor] | None] = []
     for of in masked:
         slot, weight = of.slot(), of.weight.t() if of.is_transposed else of.weight
-        if slot is None or slot.w_eff is None:
+        if slot is None or slot.w_eff is None or not writes:
             kept.append(None)
             slots.append(None)
             continue
@@ -257,16 +277,28 @@ def _mask_adamw(
         kept.append((slot, weight, w_eff))
         slots.append((w_eff.t() if of.is_transposed else w_eff, penalty))
     beta1, beta2 = group["betas"]
-    numbers = AdamW(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["lam"])
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device != params[0].device:
+        lr = float(lr)  # torch lets it lie on the host
+    numbers = AdamW(lr, beta1, beta2, group["eps"], group["weight_decay"], group["lam"])
     weights = [of.weight for of in masked]
-    backend.mask_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers
-    )
+    try:
+        backend.mask_adamw_(
+            params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers
+        )
+    except Exception:
+        torch._foreach_add_(steps, -1)  # pyright: ignore  # refused: nothing was done
+        raise
     for param, of, keeps in zip(params, masked, kept, strict=True):
         if keeps is not None:
             slot, weight, w_eff = keeps
             scores = param.t() if of.is_transposed else param
             slot.mark_fresh(weight, scores, next_beta, kind, w_eff.dtype)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["amsgrad"] or group["maximize"]:
+        raise ValueError("MaskAdamW: amsgrad and maximize are not built; leave them False")
 
 
 def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:

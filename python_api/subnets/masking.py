@@ -272,7 +272,8 @@ class MaskSet:
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
-        trained = [scores for scores in self.scores().values() if scores.requires_grad]
+        tied = {id(scores): scores for scores in self.scores().values() if scores.requires_grad}
+        trained = list(tied.values())
         optimizer = MaskAdamW(
             trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, capturable=capturable
         )

@@ -198,8 +198,9 @@ def test_a_gradient_is_left_as_it_was_and_coarse_scores_go_torchs_way():
     coarse = mask_model(network(), unit="row")
     optimizer = coarse.adamw(lr=0.05, lam=0.1)
     coarse.model(image(1)).pow(2).mean().backward()
+    before = [scores.grad.clone() for scores in coarse.scores().values()]
     optimizer.step()
-    assert not optimizer.writes_effective_weights
+    assert all((s.grad > g).all() for s, g in zip(coarse.scores().values(), before, strict=True))  # the penalty's
     coarse.check_fresh()
 
 
@@ -239,3 +240,52 @@ def test_a_copied_or_unpickled_optimizer_goes_on():
         twin.step()
         after = [p for group in twin.param_groups for p in group["params"]]
         assert all((a < b).all() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hook_that_edits_scores_through_data_after_the_step_is_seen(backend):
+    with use_backend(backend):
+        masks = mask_model(nn.Linear(6, 4), init=random_scores)
+        optimizer, x = masks.adamw(lr=0.1), torch.randn(3, 6)
+        layer = masks.model
+        optimizer.register_step_post_hook(lambda *_: layer.scores.data.clamp_(-0.1, 0.1))
+        for _ in range(3):
+            layer(x).pow(2).mean().backward()
+            optimizer.step()
+            w_eff = layer.weight * torch.sigmoid(layer.beta * layer.scores)
+            assert torch.allclose(layer(x), nn.functional.linear(x, w_eff, layer.bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_tied_and_rearranged_scores_are_stepped_as_torchs_adamw_does(backend):
+    with use_backend(backend):
+        masks = mask_model(nn.Conv2d(2, 3, 2), init=random_scores)
+        optimizer, layer = masks.adamw(lr=0.1, lam=1.0), masks.model
+        layer(torch.randn(1, 2, 4, 4)).sum().backward()
+        optimizer.step()
+        for name in ("weight", "scores"):  # behind everybody's back
+            tensor = getattr(layer, name)
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        layer.scores.grad = torch.randn(3, 2, 2, 2)
+        optimizer.step()
+        x = torch.randn(1, 2, 4, 4)
+        w_eff = layer.weight * torch.sigmoid(layer.beta * layer.scores)
+        assert torch.allclose(layer(x), nn.functional.conv2d(x, w_eff, layer.bias), atol=1e-5)
+        frozen = mask_model(nn.Linear(3, 2), init=random_scores)
+        optimizer, layer = frozen.adamw(lr=0.1, weight_decay=0.0, lam=1.0), frozen.model
+        layer.scores.requires_grad_(False)
+        layer.scores.grad, before = torch.zeros(2, 3), layer.scores.clone()
+        optimizer.step()
+        assert torch.equal(layer.scores, before)
+        tied = mask_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+        tied.model[1].scores = tied.model[0].scores
+        assert len(tied.adamw().param_groups[0]["params"]) == 1
+
+
+@pytest.mark.parametrize("name", ["maximize", "amsgrad"])
+def test_settings_of_adamw_that_are_not_built_are_refused(name):
+    masks = mask_model(nn.Linear(3, 2))
+    optimizer = masks.adamw()
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match="amsgrad and maximize are not built"):
+        optimizer.step()

@@ -78,7 +78,7 @@ def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(members, device=device)
 
 
-_loaded: set[tuple[torch.dtype, torch.dtype, str]] = set()  # kernels for one tensor that ran beside those for many
+_loaded: set[tuple[Any, ...]] = set()  # kernels for one tensor that ran beside those for many
 
 
 class _Unit:
@@ -354,16 +354,30 @@ class TritonElementwise(Backend):
                     table, owner, first, bounds = _table(addresses, beta.device)
                     is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[7]))
                     partials = beta.new_empty(len(owner))
+                    self._load_for_captures(tensors[0], partials, rest, flags, options)
                     mask_adamw_of_many_kernel[(len(owner),)](
                         table, owner, first, partials, *rest, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype],
                         IS_ALIGNED=is_aligned, **flags, **options,
                     )  # fmt: skip
-                    sums = self._add_up(partials, bounds)
+                    sums = self._add_up(partials, bounds) if o_dtype is not None else []
             written = [slot for i in members if (slot := slots[i]) is not None]
             if written:
                 torch._foreach_copy_([penalty for _, penalty in written], list(sums))  # pyright: ignore
                 torch.autograd.graph.increment_version([w_eff for w_eff, _ in written])
         torch.autograd.graph.increment_version([*scores, *exp_avgs, *exp_avg_sqs])
+
+    @staticmethod
+    def _load_for_captures(
+        tensors: tuple[Tensor, ...], partials: Tensor, rest: tuple[Any, ...], flags: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        """A capture by somebody else goes tensor by tensor and can't load the kernel for that: run it once, on none of
+        the weights, for sizes that are multiples of 16 and others."""
+        what = (*(t.dtype for t in tensors), *flags.values())
+        if what not in _loaded:
+            _loaded.add(what)
+            for num in (0, -1):
+                mask_adamw_kernel[(1,)](*tensors[:6], partials, tensors[6], num, *rest, **flags, **options)
 
     @staticmethod
     def _add_up(partials: Tensor, bounds: Tensor) -> list[Tensor]:
