@@ -98,18 +98,19 @@ class MaskAdamW(torch.optim.AdamW):
             raise NotImplementedError("MaskAdamW: moment_dtype is not built yet; leave it None (fp32 moments)")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable)
         self._known: dict[int, _Known] = {}
-        for group in self.param_groups:
-            group["lam"] = _check_lam(group.get("lam", lam), group["params"])
-            group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
         self.defaults["lam"] = lam
+        for group in self.param_groups:
+            self._complete(group)
         self._warned_capturable_if_run_uncaptured = True  # torch warns of eager steps, which are part of the plan here
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "lam" in self.defaults:
-            group = self.param_groups[-1]
-            group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
-            group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
+            self._complete(self.param_groups[-1])
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
+        group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -405,11 +405,11 @@ class MaskSet:
     def refresh(self) -> None:
         """Make every effective weight that is stale now, all in one call per dtype (one launch on a GPU)."""
         groups: dict[tuple[Any, ...], list[MaskedLayer]] = {}
+        is_rehearsal = memory_number(self._state.beta) != 0  # a capture's warm-up: runs what the capture will
         for layer in self.layers.values():
             if not keeps_w_eff(layer.plan):
                 continue
             dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
-            is_rehearsal = memory_number(self._state.beta) != 0  # a capture's warm-up: runs what the capture will
             fresh = layer._slot.is_fresh(*_outputs_first(layer), self._state.beta, layer.current_kind, dtype)
             if fresh and not is_rehearsal:
                 continue
@@ -586,9 +586,7 @@ def _read_schedule(values: Mapping[str, Any], device: torch.device) -> Schedule:
 
 def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
     """(weight, scores) as the op gets them: [N, K] also for transformers' transposed Conv1D."""
-    from .nn import MaskedHFConv1D
-
-    if isinstance(layer, MaskedHFConv1D):
+    if layer.passes_transposed:
         return layer.weight.t(), layer.scores.t()
     return layer.weight, layer.scores
 

@@ -67,6 +67,14 @@ class AdamW(NamedTuple):
     lam: float | Tensor = 0.0
 
 
+def gradients_wanted(
+    kind: MaskKind, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, needs_scores: bool, needs_weight: bool
+) -> tuple[bool, bool]:
+    """Whether grad_scores has a gradient of the scores, and one of weight, to make."""
+    has_any = grad_w_eff is not None or grad_penalty is not None
+    return needs_scores and kind.is_trainable and has_any, needs_weight and grad_w_eff is not None
+
+
 class Backend:
     """One way to run the ops. ``refuse`` returns None (it will run the call) or the reason why not, in words."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
-from .base import KERNEL_DTYPES, KIND_CODES, AdamW, Backend, Call, keeps_w_eff
+from .base import KERNEL_DTYPES, KIND_CODES, AdamW, Backend, Call, gradients_wanted, keeps_w_eff
 from .layout import aligned, is_dense, with_strides_of
 
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
@@ -143,8 +143,7 @@ class NativeBackend(Backend):
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
         kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        wants_scores = needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None)
-        wants_weight = needs_weight and grad_w_eff is not None
+        wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
         if not wants_scores and not wants_weight:
             return None, None
         op, code = torch.ops.subnet_native.grad_scores.default, KIND_CODES[kind.name]

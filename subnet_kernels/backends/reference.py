@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskKind, expand_scores, sum_to_scores, weights_per_score
-from .base import Backend, Call
+from .base import Backend, Call, gradients_wanted
 
 
 def _accumulate_dtype(weight: Tensor) -> torch.dtype:
@@ -39,7 +39,8 @@ class ReferenceBackend(Backend):
         grad_scores = grad_weight = None
         if grad_w_eff is not None:
             grad_w_eff = grad_w_eff.to(accumulate)
-        if needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None):
+        wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
+        if wants_scores:
             grad_scores = torch.zeros_like(scores)
             if grad_w_eff is not None:
                 per_score = sum_to_scores(grad_w_eff * weight.to(accumulate), tuple(scores.shape))
@@ -47,7 +48,7 @@ class ReferenceBackend(Backend):
             if grad_penalty is not None:
                 count = weights_per_score(tuple(weight.shape), tuple(scores.shape))
                 grad_scores += grad_penalty * (count * kind.penalty_slope(scores, beta))
-        if needs_weight and grad_w_eff is not None:
+        if wants_weight and grad_w_eff is not None:
             m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
             grad_weight = (grad_w_eff * m).to(weight.dtype)
         return grad_scores, grad_weight

@@ -12,6 +12,16 @@ from .mask import mask_slope, mask_value
 
 
 @triton.jit
+def write_masked(weight, score, w_eff, partial, at, inside, beta, KIND: tl.constexpr):
+    """w_eff = weight * m at a block's weights, given their scores; partial = the block's sum of m. Pointers but for
+    score and beta."""
+    m = mask_value(score, beta, KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
+    tl.store(partial, tl.sum(tl.where(inside, m, 0.0), axis=0))
+
+
+@triton.jit
 def effective_weight_kernel(
     weight, scores, beta, w_eff, partials, num, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -19,10 +29,8 @@ def effective_weight_kernel(
     block = tl.program_id(0)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
-    m = mask_value(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
-    tl.store(partials + block, tl.sum(tl.where(inside, m, 0.0), axis=0))
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
 
 
 @triton.jit
@@ -44,10 +52,8 @@ def effective_weights_kernel(
         num, first = tl.multiple_of(num, 16), tl.multiple_of(first, 16)
     at = first + tl.arange(0, BLOCK)
     inside = at < num
-    m = mask_value(tl.load(scores + at, mask=inside, other=0.0), tl.load(beta), KIND)
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(w_eff + at, (w * m).to(O_DTYPE), mask=inside)
-    tl.store(partials + block, tl.sum(tl.where(inside, m, 0.0), axis=0))
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
 
 
 @triton.jit

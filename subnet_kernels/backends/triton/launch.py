@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ...capturing import capture_number, keep_if_captured, memory_number
 from ...masks import MaskKind
-from ..base import KIND_CODES, AdamW, Backend
+from ..base import KIND_CODES, AdamW, Backend, gradients_wanted
 from ..layout import aligned, is_dense, with_strides_of
 from . import configs, rules
 from .elementwise import (
@@ -184,23 +184,19 @@ class TritonElementwise(Backend):
         )
         table, owner, first, bounds = _table(addresses, beta.device)
         is_aligned = all(number % 16 == 0 for row in addresses for number in row)
-        partials, sums = beta.new_empty(len(owner)), beta.new_empty(len(weights))
+        partials = beta.new_empty(len(owner))
         with on_device_of(beta):
             effective_weights_kernel[(len(owner),)](
                 table, owner, first, beta, partials, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype], KIND_CODES[kind.name],
                 is_aligned, config.block, num_warps=config.num_warps,
             )  # fmt: skip
-            add_up_kernel[(len(weights),)](
-                partials, bounds, sums, configs.ADD_UP.block, num_warps=configs.ADD_UP.num_warps
-            )
-        return sums
+            return self._add_up(partials, bounds)
 
     def grad_scores(
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
         kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        wants_scores = needs_scores and kind.is_trainable and (grad_w_eff is not None or grad_penalty is not None)
-        wants_weight = needs_weight and grad_w_eff is not None
+        wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
         if not wants_scores and not wants_weight:
             return None, None
         if not is_dense(weight):
@@ -308,8 +304,6 @@ class TritonElementwise(Backend):
 
     # --- optimizer ------------------------------------------------------------------------------------------------
 
-    has_mask_adamw = True
-
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
@@ -359,10 +353,10 @@ class TritonElementwise(Backend):
                         table, owner, first, partials, *rest, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype],
                         IS_ALIGNED=is_aligned, **flags, **options,
                     )  # fmt: skip
-                    sums = self._add_up(partials, bounds) if o_dtype is not None else []
+                    sums = [] if o_dtype is None else list(self._add_up(partials, bounds).unbind())
             written = [slot for i in members if (slot := slots[i]) is not None]
             if written:
-                torch._foreach_copy_([penalty for _, penalty in written], list(sums))  # pyright: ignore
+                torch._foreach_copy_([penalty for _, penalty in written], sums)  # pyright: ignore
                 torch.autograd.graph.increment_version([w_eff for w_eff, _ in written])
         torch.autograd.graph.increment_version([*scores, *exp_avgs, *exp_avg_sqs])
 
@@ -380,9 +374,9 @@ class TritonElementwise(Backend):
                 mask_adamw_kernel[(1,)](*tensors[:6], partials, tensors[6], num, *rest, **flags, **options)
 
     @staticmethod
-    def _add_up(partials: Tensor, bounds: Tensor) -> list[Tensor]:
-        """The sum of each tensor's partial sums."""
+    def _add_up(partials: Tensor, bounds: Tensor) -> Tensor:
+        """The sum of each tensor's partial sums: [tensors]."""
         sums = partials.new_empty(len(bounds) - 1)
         config = configs.ADD_UP
         add_up_kernel[(len(sums),)](partials, bounds, sums, config.block, num_warps=config.num_warps)
-        return list(sums.unbind())
+        return sums

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mask import mask_slope, mask_value
+from .elementwise import write_masked
+from .mask import mask_slope
 
 
 @triton.jit
@@ -44,10 +45,7 @@ def adamw_block(
     tl.store(exp_avg + at, first, mask=inside)
     tl.store(exp_avg_sq + at, second, mask=inside)
     if WRITES:
-        m = mask_value(score, tl.load(next_beta), KIND)
-        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
-        tl.store(partial, tl.sum(tl.where(inside, m, 0.0), axis=0))
+        write_masked(weight, score, w_eff, partial, at, inside, tl.load(next_beta), KIND)
 
 
 @triton.jit

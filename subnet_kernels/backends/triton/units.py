@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mask import mask_slope, mask_value
+from .elementwise import write_masked
+from .mask import mask_slope
 
 
 @triton.jit
@@ -34,10 +35,8 @@ def effective_weight_unit_kernel(
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     where = score_index(at, size_1, size_2, size_3, group_0, group_1, group_2, group_3)
-    m = mask_value(tl.load(scores + where, mask=inside, other=0.0), tl.load(beta), KIND)
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
-    tl.store(partials + block, tl.sum(tl.where(inside, m, 0.0), axis=0))
+    score = tl.load(scores + where, mask=inside, other=0.0)
+    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
 
 
 @triton.jit
