@@ -135,12 +135,27 @@ class Backend:
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
         """One AdamW step (its number in ``steps``, 0-d) on trainable fp32 scores of their weight's shape and strides,
         all dense, with lam * penalty_slope at ``beta`` added to the gradients in passing; then, where slots has (w_eff,
-        penalty), the effective weight and the penalty of the new scores at ``next_beta``. In place, in one pass."""
+        penalty), the effective weight and the penalty of the new scores at ``next_beta``. In place, in one pass.
+
+        Moments are both fp32 or both bf16, rounded as rounding.py says. With ``grad_penalties``, ``grads`` are those of
+        the effective weights (a kernel dtype, weight's strides), and the scores' are made of the two in passing."""
         raise NotImplementedError
+
+    def linear_step_(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, scores: Tensor, exp_avg: Tensor,
+        exp_avg_sq: Tensor, step: Tensor, weight: Tensor, slot: tuple[Tensor, Tensor] | None, beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        """mask_adamw_ for one linear layer, of the gradients that reach its output [M, N] and penalty (variant F)."""
+        grad_w_eff = linear_grad_w_eff(grad_out, x, weight)
+        self.mask_adamw_(
+            [scores], [grad_w_eff], [exp_avg], [exp_avg_sq], [step], [weight], [slot], beta, next_beta, kind, numbers,
+            [grad_penalty],
+        )  # fmt: skip
 
     def plan_of(self, op: str, x: Tensor, weight: Tensor, scores: Tensor, plan: str | None) -> str:
         """The plan that a call runs under: the one asked for, or, where it is left open, this backend's choice."""
@@ -196,10 +211,7 @@ class Backend:
         is_fused: the call's plan keeps nothing of weight's size, so a kernel that writes no product is preferred."""
         grad_w_eff = None
         if grad_out is not None and x is not None:
-            if weight.stride(0) < weight.stride(1):  # a transposed weight: the product in its memory order
-                grad_w_eff = x.t().mm(grad_out).t()
-            else:
-                grad_w_eff = grad_out.t().mm(x)
+            grad_w_eff = linear_grad_w_eff(grad_out, x, weight)
         return self.grad_scores(
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight, may_overwrite=True
         )
@@ -232,6 +244,13 @@ class Backend:
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
         )
         return grad_x, grad_weight, grad_scores, grad_bias
+
+
+def linear_grad_w_eff(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad_out.T @ x, [M, N] and [M, K] to [N, K], in weight's memory order."""
+    if weight.stride(0) < weight.stride(1):  # a transposed weight
+        return x.t().mm(grad_out).t()
+    return grad_out.t().mm(x)
 
 
 def conv2d_backward(
