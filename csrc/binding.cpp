@@ -341,9 +341,10 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   run_linear(params, sizes);
 }
 
-void linear_grad_scores(const Tensor& grad_out, const std::optional<Tensor>& grad_penalty, const Tensor& x,
-                        const Tensor& weight, const Tensor& scores, const Tensor& beta, const Tensor& grad_scores) {
-  const char* op = "linear_grad_scores";
+// What both ways of using grad_out.T @ x need, but for the scores' gradient.
+subnet::LinearGradScores linear_gradient(const char* op, const Tensor& grad_out,
+                                         const std::optional<Tensor>& grad_penalty, const Tensor& x,
+                                         const Tensor& weight, const Tensor& scores, const Tensor& beta) {
   const LinearSizes sizes = linear_sizes(op, x, weight);
   check_shape(op, view_of_float32(op, "scores", scores, cpu()), view_of_float32(op, "weight", weight, cpu()));
   const int64_t num_weights = sizes.n * sizes.k;
@@ -353,18 +354,33 @@ void linear_grad_scores(const Tensor& grad_out, const std::optional<Tensor>& gra
   params.x = floats_of(op, "x", x, sizes.m * sizes.k);
   params.weight = floats_of(op, "weight", weight, num_weights);
   params.scores = floats_of(op, "scores", scores, num_weights);
-  params.grad_scores = floats_of(op, "grad_scores", grad_scores, num_weights);
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.grad_penalty = grad_penalty ? *scalar_of(op, "grad_penalty", *grad_penalty, cpu()) : 0.0f;
+  return params;
+}
+
+// Packs x, then runs body(begin, end) over blocks of rows of weight.
+template <class Body>
+void run_linear_gradient(subnet::LinearGradScores& params, const Body& body) {
+  Workspace<float, 256> packed(subnet::linear_packed_size(params.k, params.m));
+  params.packed = packed.data();
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(params.m, ceil_div(kGrain / 4, params.k),
+        [&](int64_t begin, int64_t end) { kernels.linear_grad_scores_pack(params, begin, end); });
+  split_linear({params.m, params.n, params.k}, body);
+}
+
+void linear_grad_scores(const Tensor& grad_out, const std::optional<Tensor>& grad_penalty, const Tensor& x,
+                        const Tensor& weight, const Tensor& scores, const Tensor& beta, const Tensor& grad_scores) {
+  const char* op = "linear_grad_scores";
+  subnet::LinearGradScores params = linear_gradient(op, grad_out, grad_penalty, x, weight, scores, beta);
+  params.grad_scores = floats_of(op, "grad_scores", grad_scores, params.n * params.k);
   for (const Tensor* in : {&grad_out, &x, &weight, &scores}) {
     check_disjoint(op, view_of(op, "grad_scores", grad_scores, cpu()), view_of(op, "an input", *in, cpu()));
   }
-  params.beta = *scalar_of(op, "beta", beta, cpu());
-  params.grad_penalty = grad_penalty ? *scalar_of(op, "grad_penalty", *grad_penalty, cpu()) : 0.0f;
-  Workspace<float, 256> packed(subnet::linear_packed_size(sizes.k, sizes.m));
-  params.packed = packed.data();
-  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
-  split(sizes.m, ceil_div(kGrain / 4, sizes.k),
-        [&](int64_t begin, int64_t end) { kernels.linear_grad_scores_pack(params, begin, end); });
-  split_linear(sizes, [&](int64_t begin, int64_t end) { kernels.linear_grad_scores(params, begin, end); });
+  run_linear_gradient(params, [&](int64_t begin, int64_t end) {
+    subnet::cpu_kernels().linear_grad_scores(params, begin, end);
+  });
 }
 
 // ---- add_penalty_grad
@@ -444,17 +460,37 @@ void run_mask_adamw(std::vector<subnet::MaskAdamW>& tensors, const std::vector<f
   }
 }
 
-// An entry without effective weight has 0 elements as its w_eff and its penalty.
+// Moments: both float32, or both bfloat16.
+void* moment_of(const char* op, const char* name, const Tensor& tensor, const View& weight, Dtype dtype,
+                std::vector<View>& written) {
+  written.push_back(view_of(op, name, tensor, cpu()));
+  check_strides(op, written.back(), weight);
+  STD_TORCH_CHECK(written.back().dtype == dtype && dtype != Dtype::float16, op,
+                  ": exp_avgs and exp_avg_sqs must be float32 or bfloat16, both alike");
+  return written.back().data;
+}
+
+// The step's own numbers.
+void set_step(const char* op, subnet::MaskAdamW& params, const AdamW& adamw, double step) {
+  STD_TORCH_CHECK(step >= 1, op, ": steps count from 1, got ", step);
+  params.step = (uint32_t)(int64_t)step;
+  params.step_size = (float)(adamw.lr / (1 - std::pow(adamw.beta1, step)));
+  params.root_scale = (float)(1 / std::sqrt(1 - std::pow(adamw.beta2, step)));
+}
+
+// An entry without effective weight has 0 elements as its w_eff and its penalty. of_w_eff: grads are the effective
+// weights' gradients, grad_penalties the penalties' (0 elements: none). firsts: place of an entry in its whole tensor.
 void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& grads,
                 const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                 const std::vector<Tensor>& weights, const std::vector<Tensor>& w_effs,
                 const std::vector<Tensor>& penalties, const std::vector<double>& steps, const Tensor& beta,
                 const Tensor& next_beta, int64_t kind, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double lam) {
+                double weight_decay, double lam, bool of_w_eff, const std::vector<Tensor>& grad_penalties,
+                const std::vector<int64_t>& firsts) {
   const char* op = "mask_adamw";
   const size_t num = scores.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), w_effs.size(),
-                            penalties.size(), steps.size()}) {
+                            penalties.size(), steps.size(), grad_penalties.size(), firsts.size()}) {
     STD_TORCH_CHECK(size == num, op, ": all lists must be as long as scores (", num, "), got one of ", size);
   }
   const AdamW adamw{lr, beta1, beta2, eps, weight_decay, lam};
@@ -464,20 +500,27 @@ void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& gr
   for (size_t i = 0; i < num; ++i) {
     const View weight = view_of(op, "weights", weights[i], cpu());
     check_is_dense(op, weight);
-    const auto floats_like_weight = [&](const char* name, const Tensor& tensor, std::vector<View>& views) {
-      views.push_back(view_of_float32(op, name, tensor, cpu()));
-      check_strides(op, views.back(), weight);
-      return reinterpret_cast<float*>(views.back().data);
-    };
     subnet::MaskAdamW& params = tensors[i];
     params.num = numel(weight);
-    params.scores = floats_like_weight("scores", scores[i], written);
-    params.exp_avg = floats_like_weight("exp_avgs", exp_avgs[i], written);
-    params.exp_avg_sq = floats_like_weight("exp_avg_sqs", exp_avg_sqs[i], written);
-    params.grad = floats_like_weight("grads", grads[i], read);
-    STD_TORCH_CHECK(steps[i] >= 1, op, ": steps count from 1, got ", steps[i]);
-    params.step_size = (float)(lr / (1 - std::pow(beta1, steps[i])));
-    params.root_scale = (float)(1 / std::sqrt(1 - std::pow(beta2, steps[i])));
+    params.first = firsts[i];
+    written.push_back(view_of_float32(op, "scores", scores[i], cpu()));
+    check_strides(op, written.back(), weight);
+    params.scores = reinterpret_cast<float*>(written.back().data);
+    params.moment_dtype = dtype_of(op, "exp_avgs", exp_avgs[i]);
+    params.exp_avg = moment_of(op, "exp_avgs", exp_avgs[i], weight, params.moment_dtype, written);
+    params.exp_avg_sq = moment_of(op, "exp_avg_sqs", exp_avg_sqs[i], weight, params.moment_dtype, written);
+    read.push_back(of_w_eff ? view_of(op, "grads", grads[i], cpu()) : view_of_float32(op, "grads", grads[i], cpu()));
+    check_strides(op, read.back(), weight);
+    params.grad = read.back().data;
+    params.grad_dtype = read.back().dtype;
+    params.is_of_w_eff = of_w_eff;
+    if (of_w_eff && grad_penalties[i].numel() > 0) {
+      params.grad_penalty = *scalar_of(op, "grad_penalties", grad_penalties[i], cpu());
+    }
+    params.weight = weight.data;
+    params.weight_dtype = weight.dtype;
+    if (of_w_eff) read.push_back(weight);
+    set_step(op, params, adamw, steps[i]);
     const View w_eff = view_of(op, "w_effs", w_effs[i], cpu());
     if (penalties[i].numel() == 0) {
       STD_TORCH_CHECK(numel(w_eff) == 0, op, ": w_effs without penalty must have 0 elements, got shape ",
@@ -488,14 +531,51 @@ void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& gr
     penalty_at[i] = scalar_of(op, "penalties", penalties[i], cpu());
     written.push_back(w_eff);
     written.push_back(view_of(op, "penalties", penalties[i], cpu()));
-    read.push_back(weight);
-    params.weight = weight.data;
+    if (!of_w_eff) read.push_back(weight);
     params.w_eff = w_eff.data;
-    params.weight_dtype = weight.dtype;
     params.w_eff_dtype = w_eff.dtype;
   }
   check_disjoint(op, written, read);
   run_mask_adamw(tensors, penalty_at);
+}
+
+// mask_adamw of one linear layer, from the gradients of its output and penalty. w_eff and penalty: 0 elements for none.
+void linear_step(const Tensor& grad_out, const std::optional<Tensor>& grad_penalty, const Tensor& x,
+                 const Tensor& scores, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& weight,
+                 const Tensor& w_eff, const Tensor& penalty, double step, const Tensor& beta, const Tensor& next_beta,
+                 double lr, double beta1, double beta2, double eps, double weight_decay, double lam) {
+  const char* op = "linear_step";
+  subnet::LinearGradScores product = linear_gradient(op, grad_out, grad_penalty, x, weight, scores, beta);
+  const AdamW adamw{lr, beta1, beta2, eps, weight_decay, lam};
+  subnet::MaskAdamW params = settings_of(op, adamw, beta, next_beta, (int64_t)Kind::sigmoid);
+  const int64_t num_weights = product.n * product.k;
+  const View weight_view = view_of(op, "weight", weight, cpu());
+  std::vector<View> written{view_of(op, "scores", scores, cpu())};
+  std::vector<View> read{view_of(op, "grad_out", grad_out, cpu()), view_of(op, "x", x, cpu()), weight_view};
+  params.num = num_weights;
+  params.scores = floats_of(op, "scores", scores, num_weights);
+  params.moment_dtype = dtype_of(op, "exp_avg", exp_avg);
+  params.exp_avg = moment_of(op, "exp_avg", exp_avg, weight_view, params.moment_dtype, written);
+  params.exp_avg_sq = moment_of(op, "exp_avg_sq", exp_avg_sq, weight_view, params.moment_dtype, written);
+  params.is_of_w_eff = true;
+  params.grad_penalty = product.grad_penalty;
+  params.weight = product.weight;
+  set_step(op, params, adamw, step);
+  float* penalty_at = nullptr;
+  const int64_t num_blocks = ceil_div(product.n, subnet::kLinearBlock);
+  Partials partials(num_blocks);
+  if (penalty.numel() > 0) {
+    penalty_at = scalar_of(op, "penalty", penalty, cpu());
+    params.w_eff = floats_of(op, "w_eff", w_eff, num_weights);
+    params.partials = partials.data();
+    written.push_back(view_of(op, "w_eff", w_eff, cpu()));
+    written.push_back(view_of(op, "penalty", penalty, cpu()));
+  }
+  check_disjoint(op, written, read);
+  run_linear_gradient(product, [&](int64_t begin, int64_t end) {
+    subnet::cpu_kernels().linear_step(product, params, begin, end);
+  });
+  if (penalty_at != nullptr) *penalty_at = (float)add_up(params.partials, num_blocks);
 }
 
 // ---- CUDA
@@ -648,7 +728,11 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " int kind) -> ()");
   m.def("mask_adamw(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, float[] steps, Tensor beta, Tensor next_beta,"
-        " int kind, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
+        " int kind, float lr, float beta1, float beta2, float eps, float weight_decay, float lam, bool of_w_eff,"
+        " Tensor[] grad_penalties, int[] firsts) -> ()");
+  m.def("linear_step(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor(a!) scores, Tensor(b!) exp_avg,"
+        " Tensor(c!) exp_avg_sq, Tensor weight, Tensor(d!) w_eff, Tensor(e!) penalty, float step, Tensor beta,"
+        " Tensor next_beta, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
   m.def("fused_linear_rows() -> int");
@@ -665,6 +749,7 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("linear_grad_scores", TORCH_BOX(&linear_grad_scores));
   m.impl("add_penalty_grad", TORCH_BOX(&add_penalty_grad));
   m.impl("mask_adamw", TORCH_BOX(&mask_adamw));
+  m.impl("linear_step", TORCH_BOX(&linear_step));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

@@ -100,20 +100,24 @@ struct AddPenaltyGrad {
 // the formulas); kind sigmoid. All tensors lie alike in storage order.
 struct MaskAdamW {
   float* scores;                           // [num]
-  float* exp_avg;                          // [num]
-  float* exp_avg_sq;                       // [num]
-  const float* grad;                       // [num]
-  const void* weight;                      // [num], weight_dtype; read with w_eff only
+  void* exp_avg;                           // [num], moment_dtype: float32 or bfloat16
+  void* exp_avg_sq;                        // [num], moment_dtype
+  const void* grad;                        // [num], grad_dtype: float32, unless it is of w_eff
+  const void* weight;                      // [num], weight_dtype; read with w_eff or a gradient of w_eff only
   void* w_eff;                             // [num], w_eff_dtype; null: not wanted, then there are no sums either
-  double* partials;                        // one sum of the new mask per kChunk weights
+  double* partials;                        // one sum of the new mask per kChunk weights (linear_step: per block of rows)
   int64_t num;
-  float beta, next_beta;                   // of the penalty's gradient, of the new mask
+  int64_t first;                           // place of the first element in the whole tensor, for rounding.h
+  uint32_t step;                           // its number, likewise
+  bool is_of_w_eff;                        // grad is the effective weight's gradient, not the scores'
+  float grad_penalty;                      // with that: the penalty's
+  float beta, next_beta;                   // of the slope, of the new mask
   float penalty_scale;                     // lam * weights per score
   float decay;                             // lr * weight_decay
   float one_minus_beta1, beta2, one_minus_beta2, eps;
   float step_size;                         // lr / (1 - beta1^step)
   float root_scale;                        // 1 / sqrt(1 - beta2^step)
-  Dtype weight_dtype, w_eff_dtype;
+  Dtype weight_dtype, w_eff_dtype, grad_dtype, moment_dtype;
 };
 
 // packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.

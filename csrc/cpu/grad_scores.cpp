@@ -6,6 +6,7 @@
 // then one pass over the scores adds the parts in their order and multiplies by the slope. (grad_weight is made by
 // effective_weight's kernels there, with grad_w_eff in the place of weight.)
 #include "kernels.h"
+#include "score_gradient.h"
 #include "walk.h"
 
 namespace subnet {
@@ -142,7 +143,12 @@ void grad_scores_flat(const GradScores& p, int64_t begin, int64_t end) {
       using W = decltype(weight_dtype);
       if (p.kind == Kind::hard) return grad_scores_range_hard<G, W>(p, begin, end);
       if (p.grad_w_eff == nullptr) return grad_scores_range<G, W, false, false>(p, begin, end);
-      if (p.grad_weight == nullptr) return grad_scores_range<G, W, true, false>(p, begin, end);
+      if (p.grad_weight == nullptr) {
+        const auto* grad = static_cast<const typename G::Stored*>(p.grad_w_eff) + begin;
+        const auto* weight = static_cast<const typename W::Stored*>(p.weight) + begin;
+        return score_gradients<G, W>(grad, weight, p.scores + begin, p.beta, p.grad_penalty, p.grad_scores + begin,
+                                     end - begin);
+      }
       return grad_scores_range<G, W, true, true>(p, begin, end);
     });
   });

@@ -26,6 +26,7 @@ struct CpuKernels {
   void (*masked_linear)(const MaskedLinear&, int64_t block_begin, int64_t block_end);
   void (*linear_grad_scores_pack)(const LinearGradScores&, int64_t begin, int64_t end);
   void (*linear_grad_scores)(const LinearGradScores&, int64_t block_begin, int64_t block_end);
+  void (*linear_step)(const LinearGradScores&, const MaskAdamW&, int64_t block_begin, int64_t block_end);
   // Mask positions [begin, end).
   void (*add_penalty_grad)(const AddPenaltyGrad&, int64_t begin, int64_t end);
   // Chunks [chunk_begin, chunk_end) of kChunk weights, and their partial sums.
@@ -47,6 +48,7 @@ struct CpuKernels {
   void masked_linear(const MaskedLinear&, int64_t, int64_t);                        \
   void linear_grad_scores_pack(const LinearGradScores&, int64_t, int64_t);          \
   void linear_grad_scores(const LinearGradScores&, int64_t, int64_t);               \
+  void linear_step(const LinearGradScores&, const MaskAdamW&, int64_t, int64_t);    \
   void add_penalty_grad(const AddPenaltyGrad&, int64_t, int64_t);                   \
   void mask_adamw(const MaskAdamW&, int64_t, int64_t);                              \
   void pack_mask(const PackMask&, int64_t, int64_t);                                \

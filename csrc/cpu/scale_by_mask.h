@@ -1,4 +1,4 @@
-// w_eff = weight * m over a run of elements; returns the sum of m.
+// w_eff = weight * m over a run of elements, and the sum of m.
 #pragma once
 
 #include "simd.h"
@@ -7,10 +7,9 @@ namespace subnet {
 namespace SUBNET_CAPABILITY {
 
 template <Kind kind, class W, class O>
-double scale_by_mask(const typename W::Stored* weight, const float* scores, float beta_value,
-                     typename O::Stored* w_eff, int64_t count) {
+SUBNET_INLINE void scale_by_mask(const typename W::Stored* weight, const float* scores, float beta_value,
+                                 typename O::Stored* w_eff, int64_t count, Sum& sum) {
   const Vector beta = broadcast(beta_value);
-  Sum sum;
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
     const Four mask = Mask<RegisterMath<Four>>::template value<kind>(load_four<Float32>(scores + i), Four{} + beta);
@@ -23,6 +22,13 @@ double scale_by_mask(const typename W::Stored* weight, const float* scores, floa
     store_some<O>(w_eff + i, load_some<W>(weight + i, left) * mask, left);
     sum.add_some(mask, left);
   }
+}
+
+template <Kind kind, class W, class O>
+double scale_by_mask(const typename W::Stored* weight, const float* scores, float beta, typename O::Stored* w_eff,
+                     int64_t count) {
+  Sum sum;
+  scale_by_mask<kind, W, O>(weight, scores, beta, w_eff, count, sum);
   return sum.total();
 }
 

@@ -1,6 +1,6 @@
 // A block of a matrix product held in registers, and the packing that feeds it.
 //
-//   out[r, c] = sum over i of a[r*a_row + i*a_step] * b[i*width + c],   r < kTileRows, c < width = V * kLanes
+//   out[r*out_row + c] = sum over i of a[r*a_row + i*a_step] * b[i*width + c],  r < kTileRows, c < width = V * kLanes
 //
 // b is packed: `width` values of step i lie side by side. Nothing of this is meant to beat a BLAS on a large product; it
 // is here so that a mask can be applied to a weight, or a slope to its gradient, while both are in the cache.
@@ -26,7 +26,7 @@ constexpr int64_t kTileSteps = 512;
 // Adds to `out` if `adds`. Not inlined: the caller's constants would push the accumulators out of the registers.
 template <int R, int V>
 __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t count,
-                                            float* out, bool adds) {
+                                            float* out, int64_t out_row, bool adds) {
   Vector sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -48,41 +48,41 @@ __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, int64
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += load_as<Vector>(out + (r * V + v) * kLanes);
+      for (int v = 0; v < V; ++v) sum[r][v] += load_as<Vector>(out + r * out_row + v * kLanes);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_as(out + (r * V + v) * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) store_as(out + r * out_row + v * kLanes, sum[r][v]);
   }
 }
 
 template <int V>
 SUBNET_INLINE void product_tile_of(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                   int64_t count, float* out, bool adds) {
+                                   int64_t count, float* out, int64_t out_row, bool adds) {
   switch (rows) {
-    case 1: return product_tile<1, V>(a, a_row, a_step, b, count, out, adds);
-    case 2: return product_tile<2, V>(a, a_row, a_step, b, count, out, adds);
-    case 3: return product_tile<3, V>(a, a_row, a_step, b, count, out, adds);
-    case 4: return product_tile<4, V>(a, a_row, a_step, b, count, out, adds);
-    case 5: return product_tile<5, V>(a, a_row, a_step, b, count, out, adds);
-    default: return product_tile<kTileRows, V>(a, a_row, a_step, b, count, out, adds);
+    case 1: return product_tile<1, V>(a, a_row, a_step, b, count, out, out_row, adds);
+    case 2: return product_tile<2, V>(a, a_row, a_step, b, count, out, out_row, adds);
+    case 3: return product_tile<3, V>(a, a_row, a_step, b, count, out, out_row, adds);
+    case 4: return product_tile<4, V>(a, a_row, a_step, b, count, out, out_row, adds);
+    case 5: return product_tile<5, V>(a, a_row, a_step, b, count, out, out_row, adds);
+    default: return product_tile<kTileRows, V>(a, a_row, a_step, b, count, out, out_row, adds);
   }
 }
 
-// rows <= kTileRows, width a multiple of kLanes, width <= kTileWidth; out is [rows, width].
+// rows <= kTileRows, width a multiple of kLanes, width <= kTileWidth.
 inline void product_tile(int64_t rows, int64_t width, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                         int64_t count, float* out) {
+                         int64_t count, float* out, int64_t out_row) {
   for (int64_t i = 0; i < count; i += kTileSteps, a += kTileSteps * a_step, b += kTileSteps * width) {
     const int64_t steps = count - i < kTileSteps ? count - i : kTileSteps;
     const bool adds = i > 0;
     switch (width / kLanes) {
-      case 1: product_tile_of<1>(rows, a, a_row, a_step, b, steps, out, adds); break;
-      case 2: product_tile_of<2>(rows, a, a_row, a_step, b, steps, out, adds); break;
+      case 1: product_tile_of<1>(rows, a, a_row, a_step, b, steps, out, out_row, adds); break;
+      case 2: product_tile_of<2>(rows, a, a_row, a_step, b, steps, out, out_row, adds); break;
 #if defined(__AVX512F__)
-      case 3: product_tile_of<3>(rows, a, a_row, a_step, b, steps, out, adds); break;
-      default: product_tile_of<4>(rows, a, a_row, a_step, b, steps, out, adds); break;
+      case 3: product_tile_of<3>(rows, a, a_row, a_step, b, steps, out, out_row, adds); break;
+      default: product_tile_of<4>(rows, a, a_row, a_step, b, steps, out, out_row, adds); break;
 #endif
     }
   }

@@ -224,13 +224,36 @@ class NativeBackend(Backend):
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
-        nothing = beta.new_empty(0)  # how the op is told that an entry has no effective weight
+        nothing = beta.new_empty(0)  # how the op is told that an entry has no effective weight, or no penalty
         w_effs, penalties = zip(*(slot or (nothing, nothing) for slot in slots)) if slots else ((), ())
+        given = [nothing if grad is None else grad for grad in grad_penalties or [None] * len(scores)]
         torch.ops.subnet_native.mask_adamw.default(
             scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, [float(step) for step in steps], beta,
-            next_beta, KIND_CODES[kind.name], *(float(number) for number in numbers),
+            next_beta, KIND_CODES[kind.name], *(float(number) for number in numbers), grad_penalties is not None, given,
+            [0] * len(scores),
         )  # fmt: skip
         written = [tensor for slot in slots if slot is not None for tensor in slot]
         _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])
+
+    def linear_step_(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, scores: Tensor, exp_avg: Tensor,
+        exp_avg_sq: Tensor, step: Tensor, weight: Tensor, slot: tuple[Tensor, Tensor] | None, beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        if (
+            _is_fused(kind, x, weight, scores) and grad_out.is_contiguous() and x.is_contiguous()
+            and (slot is None or slot[0].dtype == torch.float32)
+        ):
+            nothing = beta.new_empty(0)
+            w_eff, penalty = slot or (nothing, nothing)
+            torch.ops.subnet_native.linear_step.default(
+                grad_out, grad_penalty, x, scores, exp_avg, exp_avg_sq, weight, w_eff, penalty, float(step), beta,
+                next_beta, *(float(number) for number in numbers),
+            )  # fmt: skip
+            _bump([scores, exp_avg, exp_avg_sq, *(slot or ())])
+            return
+        super().linear_step_(
+            grad_out, x, grad_penalty, scores, exp_avg, exp_avg_sq, step, weight, slot, beta, next_beta, kind, numbers
+        )
