@@ -15,7 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .backends.base import AdamW, Backend
 from .backends.layout import is_dense
 from .dispatch import choose_for, forced_backend
+from .in_backward import SpentGradient, Use, check_processes, step_in_backward
 from .masks import MaskKind, weights_per_score
+from .rounding import round_to_bf16, rounding_bits
 from .slots import Slot, clear_all_slots
 
 
@@ -60,9 +62,19 @@ class MaskAdamW(torch.optim.AdamW):
     scores, fp64, the reference) torch's AdamW runs after a pass that adds the penalty's gradient to ``.grad``. Scores
     that are written through ``.data`` between a step and the next forward pass need MaskSet.invalidate().
 
+    With ``in_backward`` scores are stepped in the backward pass, where their gradient is made, so that it is never
+    stored: a linear layer's goes straight from the gradient of its output into the step. ``scores.grad`` is then a
+    placeholder that refuses to be read, and ``step()`` advances the schedule and steps what got its gradient in another
+    way (a compiled layer, a parameter that is no layer's scores) or none. The trajectory is the same. Whatever needs
+    the gradients of a whole pass is refused: clipping, accumulation over several passes, GradScaler, hooks on scores, a
+    layer that runs twice in one pass, several processes (DDP). Lower memory is the first reason to use it: it saves 4
+    bytes per weight.
+
     Attributes:
         advance: called between reading beta and writing effective weights, to change beta: MaskSet.adamw puts the
             schedule's step here.
+        upcoming: from a beta (0-d tensor) to a tensor of what ``advance`` will make of it; steps in backward write the
+            effective weights of that beta. Without it, and with ``advance``, they write none.
 
     Args:
         params: parameters or groups of them; a group may set its own ``lam``.
@@ -72,18 +84,22 @@ class MaskAdamW(torch.optim.AdamW):
             not checked.
         capturable: as AdamW's: a step may be captured in a CUDA graph. Numbers that are no tensors are then part of
             the graph; give a lam or lr that is to change as a tensor.
-        in_backward, moment_dtype: not built yet; refused.
+        in_backward: step scores in the backward pass, see above.
+        moment_dtype: torch.bfloat16 keeps both moments of masked scores in half the memory, rounded so that they are
+            right on average (rounding.py); None or torch.float32: in fp32.
 
     Raises:
         ValueError: a float lam is negative or not finite; lam is positive or a tensor for a group without any masked
             layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device.
             amsgrad or maximize is set in a group (at the step).
-        NotImplementedError: in_backward or moment_dtype were asked for.
+            moment_dtype is another dtype.
+        RuntimeError: with in_backward, by the backward pass or the step, where it would be wrong.
 
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
     """
 
     advance: Callable[[], None] | None = None
+    upcoming: Callable[[Tensor], Tensor] | None = None
     # the penalty's gradient must meet unscaled gradients, so a GradScaler has to unscale before the step
     _step_supports_amp_scaling = False
 
@@ -92,21 +108,32 @@ class MaskAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False,
         moment_dtype: torch.dtype | None = None, capturable: bool = False,
     ) -> None:
-        if in_backward:
-            raise NotImplementedError("MaskAdamW: in_backward=True is not built yet; leave it False")
-        if moment_dtype is not None:
-            raise NotImplementedError("MaskAdamW: moment_dtype is not built yet; leave it None (fp32 moments)")
+        if moment_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"MaskAdamW: moment_dtype must be None, torch.float32 or torch.bfloat16, got {moment_dtype}")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable)
         self._known: dict[int, _Known] = {}
+        self.defaults.update(in_backward=in_backward, moment_dtype=moment_dtype or torch.float32)
+        self._begin_in_backward()
         self.defaults["lam"] = lam
         for group in self.param_groups:
             self._complete(group)
         self._warned_capturable_if_run_uncaptured = True  # torch warns of eager steps, which are part of the plan here
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether scores are stepped in the backward pass."""
+        return self.defaults.get("in_backward", False)
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        """How the moments of masked scores are kept."""
+        return self.defaults.get("moment_dtype", torch.float32)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "lam" in self.defaults:
             self._complete(self.param_groups[-1])
+            self._begin_in_backward()
 
     def _complete(self, group: dict[str, Any]) -> None:
         group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
@@ -135,15 +162,19 @@ class MaskAdamW(torch.optim.AdamW):
     @torch._disable_dynamo  # pyright: ignore  # step counts are read on the host, which would compile anew each time
     def _step(self) -> None:
         _check_capture(self)
+        stepped, self._stepped, self._next_betas = self._stepped, {}, {}
+        if self.in_backward:
+            self._check_after_backward(stepped)
         batches: dict[tuple[Any, ...], list[tuple[_Entry, Masked]]] = {}
-        has_others = False
+        has_others = any(finished.kept is None for finished in stepped.values())
         for number, group in enumerate(self.param_groups):
             _check_group(group)
             lam = _check_lam(group["lam"], group["params"])
+            params = [p for p in group["params"] if id(p) not in stepped]
             if has_penalty := isinstance(lam, Tensor) or lam > 0:
-                _make_missing_gradients(group["params"])
+                _make_missing_gradients(params)
             others = []
-            for entry in self._entries(group):
+            for entry in self._entries({**group, "params": params}):
                 masked, backend = self._kernel_of(entry, group)
                 if masked is None or backend is None:
                     others.append((entry, masked))
@@ -152,26 +183,150 @@ class MaskAdamW(torch.optim.AdamW):
                     batches.setdefault(key, []).append((entry, masked))
             if others:
                 has_others = True
-                if has_penalty:
-                    _add_penalty_gradients(others, lam)
-                _torch_adamw([entry for entry, _ in others], group)
+                _torch_adamw(others, group, lam if has_penalty else 0.0)
         if has_others:
             clear_all_slots()  # now, not after the step: what the kernels write stays
         # a hook after the step may edit scores through .data, which nothing would notice
         self.writes_effective_weights = not self._optimizer_step_post_hooks
         betas = {key[3]: entries[0][1].beta for key, entries in batches.items()}
         before = {number: beta.clone() for number, beta in betas.items()}
+        current = [finished for finished in stepped.values() if finished.is_current()]
         if self.advance is not None:
             self.advance()
         for (number, backend, kind, beta), entries in batches.items():
             group = self.param_groups[number]
-            _mask_adamw(backend, kind, entries, group, before[beta], betas[beta], self.writes_effective_weights)
+            kept = _mask_adamw(
+                backend.mask_adamw_, kind, entries, group, before[beta], betas[beta], self.writes_effective_weights
+            )
+            for keeps in kept:
+                if keeps is not None:
+                    keeps.mark_fresh(betas[beta], kind)
+        for finished in current:
+            finished.mark_fresh(self.writes_effective_weights)
+
+    # --- in backward --------------------------------------------------------------------------------------------------
+
+    def _begin_in_backward(self) -> None:
+        """(Again) say of all masked scores that they are stepped in the backward pass, if they are."""
+        self._stepped: dict[int, _Finished] = {}
+        self._next_betas: dict[tuple[int, int], Tensor] = {}
+        self._group_of: dict[int, int] = {}  # number of the group by id of the scores
+        if self.in_backward:
+            self._step_supports_amp_scaling = True  # so that a GradScaler leaves the refusal to the step
+            for number, group in enumerate(self.param_groups):
+                for scores in group["params"]:
+                    if masked_of(scores) is not None:
+                        self._group_of[id(scores)] = number
+                        step_in_backward(scores, self)
+
+    def _check_after_backward(self, stepped: dict[int, _Finished]) -> None:
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "MaskAdamW: in_backward=True can't work with a GradScaler: scores were already stepped with scaled "
+                "gradients; use bf16 without a scaler, or in_backward=False"
+            )
+        for group in self.param_groups:
+            for scores in group["params"]:
+                if isinstance(scores.grad, SpentGradient) and id(scores) not in stepped:
+                    raise RuntimeError(
+                        "MaskAdamW: in_backward=True: step() was called again without a backward pass in between"
+                    )
+
+    @torch.no_grad()
+    def step_use(self, use: Use, linear: tuple[Tensor, Tensor, Tensor | None] | None, grads: Any) -> bool:
+        """Called by a layer's backward pass: step ``use.scores``.
+
+        linear: (grad_out [M, N], x [M, K], grad_penalty) of a linear layer; grads: else, (gradient, grad_penalty) of the
+        effective weight, or the scores' gradient. Returns False, and does nothing, where there is no kernel that takes
+        this: the caller is to make the scores' gradient and come again with that.
+        """
+        scores = use.scores
+        group = self.param_groups[self._group_of[id(scores)]]
+        _check_group(group)
+        lam = _check_lam(group["lam"], group["params"])
+        is_of_scores = isinstance(grads, Tensor)
+        entry = self._entry_of(scores, group, grads if is_of_scores else None)
+        masked, backend = self._kernel_of(entry, group)
+        if masked is None or backend is None:
+            if not is_of_scores:
+                return False
+            _torch_adamw([(entry, masked)], group, lam)
+            self._finish_use(use, None)
+            return True
+        if not is_of_scores and (masked.weight.requires_grad or not masked.kind.is_trainable):
+            return False
+        beta, kind = masked.beta, masked.kind
+        writes = not self._optimizer_step_post_hooks and (self.advance is None or self.upcoming is not None)
+        next_beta = self._next_beta(beta)
+
+        def run(params: Any, all_grads: Any, m: Any, v: Any, steps: Any, weights: Any, slots: Any, *rest: Any) -> None:
+            if linear is not None:
+                turn = (lambda t: t.t()) if masked.is_transposed else (lambda t: t)
+                slot = slots[0] and (turn(slots[0][0]), slots[0][1])
+                backend.linear_step_(
+                    *linear, turn(params[0]), turn(m[0]), turn(v[0]), steps[0], turn(weights[0]), slot, *rest
+                )
+            elif is_of_scores:
+                backend.mask_adamw_(params, all_grads, m, v, steps, weights, slots, *rest)
+            else:
+                backend.mask_adamw_(params, [grads[0]], m, v, steps, weights, slots, *rest, [grads[1]])
+
+        kept = _mask_adamw(run, kind, [(entry, masked)], group, beta, next_beta, writes, in_backward=True)
+        finished = _Finished(kept[0], scores, beta, beta._version, next_beta, kind)
+        if finished.kept is not None:
+            finished = finished._replace(versions=finished.read_versions())
+        self._finish_use(use, finished)
+        return True
+
+    def _next_beta(self, beta: Tensor) -> Tensor:
+        """What beta will be after step(), asked for once per pass and value of beta."""
+        if self.upcoming is None:
+            return beta
+        key = id(beta), beta._version
+        if key not in self._next_betas:
+            self._next_betas[key] = self.upcoming(beta)
+        return self._next_betas[key]
+
+    def _finish_use(self, use: Use, finished: _Finished | None) -> None:
+        scores = use.scores
+        self._stepped[id(scores)] = finished or _Finished(None, scores, scores, 0, scores, None)
+        scores.grad = SpentGradient.like(scores)
+
+    def check_use(self, use: Use) -> None:
+        """Refuse, before anything is done, what a step in the backward pass would get wrong."""
+        scores = use.scores
+        if id(scores) in self._stepped:
+            raise RuntimeError(
+                "MaskAdamW: in_backward=True steps scores once between two calls of step(), and these got a second "
+                "gradient: no accumulation over backward passes, no layer used twice in one; use in_backward=False"
+            )
+        if scores._backward_hooks or scores._post_accumulate_grad_hooks:  # pyright: ignore
+            raise RuntimeError(
+                "MaskAdamW: in_backward=True makes no gradient that a hook on scores could see; remove the hook, or use "
+                "in_backward=False"
+            )
+        check_processes()
+
+    def _entry_of(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> _Entry:
+        """The entry of one parameter, whatever its gradient."""
+        before, param.grad = param.grad, param.detach()  # torch makes the state only of what has a gradient
+        try:
+            entry = self._entries({**group, "params": [param]})[0]
+        finally:
+            param.grad = before
+        return entry if grad is None else entry._replace(grad=grad)
 
     def _entries(self, group: dict[str, Any]) -> list[_Entry]:
         """The group's parameters that have a gradient, with their state, made where it is missing."""
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         self._init_group(group, *lists)  # params, grads, exp_avgs, exp_avg_sqs, (amsgrad's), steps
         params, grads, exp_avgs, exp_avg_sqs, _, steps = lists
+        if self.moment_dtype != torch.float32:
+            for i, param in enumerate(params):  # new ones, and those from a checkpoint, which torch brings to fp32
+                if exp_avgs[i].dtype == torch.float32 and masked_of(param) is not None:
+                    state = self.state[param]
+                    exp_avgs[i] = state["exp_avg"] = exp_avgs[i].to(self.moment_dtype)
+                    exp_avg_sqs[i] = state["exp_avg_sq"] = exp_avg_sqs[i].to(self.moment_dtype)
         return [_Entry(*entry) for entry in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)]
 
     def _kernel_of(self, entry: _Entry, group: dict[str, Any]) -> tuple[Masked | None, Backend | None]:
@@ -197,6 +352,8 @@ class MaskAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._known = {}
+        if "defaults" in state:  # a copy or what was unpickled, not load_state_dict
+            self._begin_in_backward()
 
 
 class _Known(NamedTuple):
@@ -240,7 +397,8 @@ def _backend_of(entry: _Entry, masked: Masked) -> Backend | None:
         param.dtype != torch.float32 or weight.shape != param.shape or weight.device != param.device
         or masked.beta.device != param.device or entry.step.dtype != torch.float32
         or any(t.device != param.device for t in entry[2:])
-        or any(t.dtype != torch.float32 or t.stride() != weight.stride() for t in (param, *entry[2:4]))
+        or any(t.stride() != weight.stride() for t in (param, *entry[2:4]))
+        or entry.exp_avg.dtype != entry.exp_avg_sq.dtype or entry.exp_avg.dtype not in (torch.float32, torch.bfloat16)
         or not is_dense(weight)
     ):  # fmt: skip
         return None
@@ -248,34 +406,100 @@ def _backend_of(entry: _Entry, masked: Masked) -> Backend | None:
     return backend if backend.has_mask_adamw else None
 
 
-def _torch_adamw(entries: list[_Entry], group: dict[str, Any]) -> None:
-    params, grads, exp_avgs, exp_avg_sqs, steps = (list(part) for part in zip(*entries, strict=True))
+def _torch_adamw(
+    entries: list[tuple[_Entry, Masked | None]], group: dict[str, Any], lam: float | Tensor = 0.0
+) -> None:
+    """torch's step, after the penalty's gradient was added to the gradients of masked scores."""
+    if isinstance(lam, Tensor) or lam > 0:
+        _add_penalty_gradients(entries, lam)
+    params, grads, exp_avgs, exp_avg_sqs, steps = (list(part) for part in zip(*(e for e, _ in entries), strict=True))
+    firsts = [moment.float() for moment in exp_avgs] if _has_short(exp_avgs) else exp_avgs
+    seconds = [moment.float() for moment in exp_avg_sqs] if _has_short(exp_avgs) else exp_avg_sqs
     adam(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=group["foreach"], capturable=group["capturable"],
+        params, grads, firsts, seconds, [], steps, foreach=group["foreach"], capturable=group["capturable"],
         fused=group["fused"], decoupled_weight_decay=True, amsgrad=False, beta1=group["betas"][0],
         beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip
+    for first, second, m, v, step in zip(firsts, seconds, exp_avgs, exp_avg_sqs, steps, strict=True):
+        if m.dtype == torch.bfloat16:
+            random = rounding_bits(m.numel(), step, m.device)
+            for moment, exact, bits in ((m, first, random & 0xFFFF), (v, second, random >> 16)):
+                _in_storage_order(moment).copy_(round_to_bf16(_in_storage_order(exact), bits))
+
+
+def _has_short(moments: list[Tensor]) -> bool:
+    return any(moment.dtype == torch.bfloat16 for moment in moments)
+
+
+def _in_storage_order(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
+
+
+class _Kept(NamedTuple):
+    """An effective weight that a step wrote."""
+
+    slot: Slot
+    weight: Tensor  # as the op gets it, and so the scores
+    scores: Tensor
+    w_eff: Tensor
+    penalty: Tensor
+
+    def mark_fresh(self, beta: Tensor, kind: MaskKind) -> None:
+        self.slot.mark_fresh(self.weight, self.scores, beta, kind, self.w_eff.dtype)
+
+
+class _Finished(NamedTuple):
+    """A step that a backward pass took, and the state that its effective weight belongs to once beta has advanced."""
+
+    kept: _Kept | None
+    scores: Tensor
+    beta: Tensor
+    beta_version: int
+    next_beta: Tensor
+    kind: MaskKind | None
+    versions: tuple[int, ...] = ()
+
+    def read_versions(self) -> tuple[int, ...]:
+        assert self.kept is not None
+        return self.kept.w_eff._version, self.scores._version, self.kept.weight._version
+
+    def is_current(self) -> bool:
+        """Whether nobody has touched anything since."""
+        return (
+            self.kept is not None and self.kept.slot.w_eff is self.kept.w_eff and self.read_versions() == self.versions
+            and self.beta._version == self.beta_version
+        )  # fmt: skip
+
+    def mark_fresh(self, writes: bool) -> None:
+        """After beta has advanced."""
+        assert self.kept is not None and self.kind is not None
+        if writes and (self.beta.is_cuda or torch.equal(self.beta, self.next_beta)):
+            self.kept.mark_fresh(self.beta, self.kind)
 
 
 def _mask_adamw(
-    backend: Backend, kind: MaskKind, entries: list[tuple[_Entry, Masked]], group: dict[str, Any], beta: Tensor,
-    next_beta: Tensor, writes: bool,
-) -> None:
-    """One step of these in one pass, which, if it ``writes``, makes the effective weights of layers that keep one."""
+    run: Callable[..., None], kind: MaskKind, entries: list[tuple[_Entry, Masked]], group: dict[str, Any], beta: Tensor,
+    next_beta: Tensor, writes: bool, in_backward: bool = False,
+) -> list[_Kept | None]:
+    """One step of these in one pass by ``run`` (arguments as Backend.mask_adamw_), which, if it ``writes``, makes the
+    effective weights of layers that keep one. Says which; they are not marked fresh yet."""
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(p) for p in zip(*(e for e, _ in entries), strict=True))
     masked = [of for _, of in entries]
     torch._foreach_add_(steps, 1)  # pyright: ignore
-    kept: list[tuple[Slot, Tensor, Tensor] | None] = []
+    kept: list[_Kept | None] = []
     slots: list[tuple[Tensor, Tensor] | None] = []
-    for of in masked:
+    for param, of in zip(params, masked, strict=True):
         slot, weight = of.slot(), of.weight.t() if of.is_transposed else of.weight
-        if slot is None or slot.w_eff is None or not writes:
+        buffers = None
+        if slot is not None and slot.w_eff is not None and writes:
+            buffers = slot.buffers_in_use(weight) if in_backward else slot.buffers(weight, slot.w_eff.dtype)
+            slot.clear()
+        if slot is None or buffers is None:
             kept.append(None)
             slots.append(None)
             continue
-        w_eff, penalty = slot.buffers(weight, slot.w_eff.dtype)
-        slot.clear()
-        kept.append((slot, weight, w_eff))
+        w_eff, penalty = buffers
+        kept.append(_Kept(slot, weight, param.t() if of.is_transposed else param, w_eff, penalty))
         slots.append((w_eff.t() if of.is_transposed else w_eff, penalty))
     beta1, beta2 = group["betas"]
     lr = group["lr"]
@@ -284,17 +508,11 @@ def _mask_adamw(
     numbers = AdamW(lr, beta1, beta2, group["eps"], group["weight_decay"], group["lam"])
     weights = [of.weight for of in masked]
     try:
-        backend.mask_adamw_(
-            params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers
-        )
+        run(params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers)
     except Exception:
         torch._foreach_add_(steps, -1)  # pyright: ignore  # refused: nothing was done
         raise
-    for param, of, keeps in zip(params, masked, kept, strict=True):
-        if keeps is not None:
-            slot, weight, w_eff = keeps
-            scores = param.t() if of.is_transposed else param
-            slot.mark_fresh(weight, scores, next_beta, kind, w_eff.dtype)
+    return kept
 
 
 def _check_group(group: dict[str, Any]) -> None:

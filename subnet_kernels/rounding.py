@@ -18,9 +18,11 @@ STEP_STRIDE = 0x9E3779B9  # 2^32 / the golden ratio: far apart for neighbouring 
 _MASK = 0xFFFFFFFF
 
 
-def rounding_bits(num: int, step: int, device: torch.device | None = None) -> Tensor:
+def rounding_bits(num: int, step: int | Tensor, device: torch.device | None = None) -> Tensor:
     """For elements 0 .. num-1 in storage order, 32 bits each (int64): hash(index + step * STEP_STRIDE), mod 2^32. The low
-    half rounds the first moment, the high half the second."""
+    half rounds the first moment, the high half the second. ``step`` counts from 1; a 0-d tensor stays where it is."""
+    if isinstance(step, Tensor):
+        step = step.to(device=device, dtype=torch.int64)
     x = (torch.arange(num, device=device) + step * STEP_STRIDE) & _MASK
     x = ((x ^ (x >> SHIFTS[0])) * MULTIPLIERS[0]) & _MASK
     x = ((x ^ (x >> SHIFTS[1])) * MULTIPLIERS[1]) & _MASK

@@ -146,6 +146,14 @@ class Slot:
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
 
+    def buffers_in_use(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The buffers, to be overwritten although the backward pass that is under way holds them; None where they do
+        not fit. Another one that holds them is told by the version counter."""
+        if self.w_eff is None or self.penalty is None or self._made_for is None:
+            return None
+        fits = self._made_for[:3] == (weight.shape, weight.stride(), weight.device)
+        return (self.w_eff, self.penalty) if fits and self._made_for[4] == memory_number(weight) else None
+
     def mark_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> None:
         """Say that the buffers were just written from these (by a multi-tensor kernel or an optimizer)."""
         key = self._key_of(weight, scores, beta, kind, dtype)

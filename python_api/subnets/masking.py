@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -215,6 +216,14 @@ class MaskSet:
         if (now := schedule.beta()) != before:
             self._write_beta(now)
 
+    def _upcoming(self, beta: Tensor) -> Tensor:
+        """What :meth:`step` will make of this beta."""
+        schedule = self._state.schedule
+        if schedule is None or beta is not self._state.beta:
+            return beta
+        value = replace(schedule, count=schedule.count + 1).beta()
+        return value.to(beta.dtype) if isinstance(value, Tensor) else torch.full_like(beta, value)
+
     @torch.no_grad()
     def _step_on_device(self, schedule: Schedule) -> None:
         schedule.count += 1
@@ -268,16 +277,18 @@ class MaskSet:
 
     def adamw(
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False, capturable: bool = False,
+        weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False,
+        moment_dtype: torch.dtype | None = None, capturable: bool = False,
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
         tied = {id(scores): scores for scores in self.scores().values() if scores.requires_grad}
         trained = list(tied.values())
         optimizer = MaskAdamW(
-            trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, capturable=capturable
-        )
-        optimizer.advance = self.step
+            trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, moment_dtype=moment_dtype,
+            capturable=capturable,
+        )  # fmt: skip
+        optimizer.advance, optimizer.upcoming = self.step, self._upcoming
         return optimizer
 
     @contextlib.contextmanager

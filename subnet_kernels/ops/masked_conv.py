@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.layout import with_strides_of
 from ..backends.base import Backend, ConvArgs, Needs, conv2d_backward, keeps_w_eff
 from ..dispatch import choose_for
+from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
 from . import checks
 from .effective_weight import (
@@ -60,6 +62,7 @@ class _MaskedConv2d(torch.autograd.Function):
         )
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, args, settings)
         ctx.backend, ctx.kind, ctx.args, ctx.pending = backend, settings.kind, args, settings.pending
+        ctx.use = use_of(scores) if ctx.needs_input_grad[2] and settings.kind.is_trainable else None
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
         # the parameter itself: what is unpacked from save_for_backward may be a copy (checkpointing, save_on_cpu)
         ctx.leaf = scores if settings.pending is not None and scores.is_leaf and scores.requires_grad else None
@@ -71,6 +74,8 @@ class _MaskedConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants, pending = ctx.needs_input_grad, ctx.pending
+        if ctx.use is not None:
+            return _step_in_backward(ctx, grad_out, grad_penalty, x, weight, scores, beta, w_eff)
         if pending is not None and pending.is_open and _can_wait(ctx, grad_out, w_eff):
             assert grad_out is not None
             grad_x, grad_w_eff, grad_bias = conv2d_backward(
@@ -84,6 +89,35 @@ class _MaskedConv2d(torch.autograd.Function):
             Needs(wants[0], wants[1], wants[2], wants[4]),
         )
         return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
+
+
+def _step_in_backward(
+    ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+    beta: Tensor, w_eff: Tensor | None,
+) -> Any:
+    """As in masked_linear.py."""
+    use, wants = ctx.use, ctx.needs_input_grad
+    use.begin()
+    is_stepped = False
+    if grad_out is not None and w_eff is not None and not wants[1]:
+        needs = wants[0], True, wants[4]
+        grad_x, grad_w_eff, grad_bias = conv2d_backward(grad_out, x, w_eff, ctx.args, needs)
+        grad_weight = None
+        assert grad_w_eff is not None
+        is_stepped = use.step_w_eff(with_strides_of(weight, grad_w_eff), grad_penalty)
+        if not is_stepped:
+            made, _ = ctx.backend.grad_scores(
+                grad_w_eff, grad_penalty, weight, scores, beta, ctx.kind, True, False, may_overwrite=True
+            )
+    else:
+        needs = Needs(wants[0], wants[1], True, wants[4])
+        grad_x, grad_weight, made, grad_bias = ctx.backend.masked_conv2d_backward(
+            grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.args, ctx.kind, needs
+        )
+    if not is_stepped:
+        use.step_scores(torch.zeros_like(scores) if made is None else made)
+    use.end()
+    return grad_x, grad_weight, None, None, grad_bias, None, None
 
 
 def _can_wait(ctx: Any, grad_out: Tensor | None, w_eff: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends.base import Backend, Needs, keeps_w_eff
 from ..dispatch import choose_for
+from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
 from ..slots import Slot
 from . import checks
@@ -68,6 +69,7 @@ class _MaskedLinear(torch.autograd.Function):
         )
         out, penalty, w_eff = _forward(backend, x, weight, scores, beta, bias, settings)
         ctx.backend, ctx.kind = backend, settings.kind
+        ctx.use = use_of(scores) if ctx.needs_input_grad[2] and settings.kind.is_trainable else None
         ctx.save_for_backward(x, weight, scores, beta, w_eff)
         ctx.set_materialize_grads(False)
         return (out, penalty) if settings.wants_penalty else out
@@ -77,11 +79,39 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants = ctx.needs_input_grad
+        if ctx.use is not None:
+            return _step_in_backward(ctx, grad_out, grad_penalty, x, weight, scores, beta, w_eff)
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_linear_backward(
             grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.kind,
             Needs(wants[0], wants[1], wants[2], wants[4]),
         )
         return grad_x, grad_weight, grad_scores, None, grad_bias, None
+
+
+def _step_in_backward(
+    ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+    beta: Tensor, w_eff: Tensor | None,
+) -> Any:
+    """The backward pass of scores whose optimizer steps them in it: all other gradients come first, and theirs is None."""
+    use, wants = ctx.use, ctx.needs_input_grad
+    use.begin()
+    tensors = grad_out, grad_penalty, x, weight, scores, beta, w_eff
+    needs = Needs(wants[0], wants[1], False, wants[4])
+    grad_x, grad_weight, _, grad_bias = ctx.backend.masked_linear_backward(*tensors, ctx.kind, needs)
+    del tensors, w_eff
+    is_stepped = False
+    if grad_out is not None:
+        rows, columns = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
+        is_stepped = use.step_linear(rows, columns, grad_penalty)
+    if not is_stepped:
+        needs = Needs(False, False, True, False)
+        _, _, made, _ = ctx.backend.masked_linear_backward(
+            grad_out, grad_penalty, x, weight, scores, beta, None, ctx.kind, needs
+        )
+        made = torch.zeros_like(scores) if made is None else made
+        use.step_scores(made.t() if use.is_transposed else made)
+    use.end()
+    return grad_x, grad_weight, None, None, grad_bias, None
 
 
 _apply = plain_apply(_MaskedLinear)
