@@ -16,7 +16,7 @@ from .ceilings import Ceilings
 from .contenders import BASELINES
 from .models import MODEL_CASES, MODEL_CONTENDERS, run_model
 from .rows import Row
-from .runner import MODES, PHASES, Settings, run_kernel, run_layer, run_memory, run_overhead
+from .runner import MODES, OURS, PHASES, Settings, run_kernel, run_layer, run_memory, run_overhead
 from .timing import TimingConfig
 
 SUITES = ("kernels", "layers", "overhead", "memory", "models")
@@ -65,7 +65,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )  # fmt: skip
     left_out = ("compile_max", "compile", "ours_compile") if args.quick else ("compile_max",)
     names = args.baselines or [name for name in (*BASELINES, *MODEL_CONTENDERS) if name not in left_out]
-    ours = ("ours", "ours_op", *(("ours_fused", "ours_cached") if args.device == "cuda" else ()))
+    ours = (*OURS, *(("ours_fused", "ours_cached") if args.device == "cuda" else ()))
     models = [name for name in MODEL_CONTENDERS if name in names or name == "ours"]
     return Settings(
         args.device, timing, tuple(name for name in BASELINES if name in names), ours, tuple(models),

@@ -122,7 +122,7 @@ def _linears(sizes: dict[tuple[int, int], tuple[int, ...]]) -> list[LayerCase]:
     ]  # fmt: skip
 
 
-LINEAR_CASES = _linears({(3072, 768): (64, 256, 1024), (512, 128): (256, 10240)})
+LINEAR_CASES = _linears({(3072, 768): (64, 256, 1024), (512, 128): (256, 10240), (4096, 4096): (256,)})
 CONV_CASES = [
     LayerCase(weight, x, dtype, conv)
     for weight, x, conv in (

@@ -31,9 +31,9 @@ def fused_adamw(trained: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LR, fused=True, capturable=trained[0].is_cuda)
 
 
-def masks_adamw(masks: Any, lam: float) -> torch.optim.Optimizer:
+def masks_adamw(masks: Any, lam: float, **how: Any) -> torch.optim.Optimizer:
     """Ours, likewise where ``masks.adamw`` can be."""
-    return masks.adamw(lr=LR, lam=lam, capturable=masks.is_on_gpu)
+    return masks.adamw(lr=LR, lam=lam, capturable=masks.is_on_gpu, **how)
 
 
 def check_capturable(optimizer: torch.optim.Optimizer | None) -> None:
@@ -54,6 +54,7 @@ class Contender:
     name = ""
     is_masked = True
     remakes_mask = True
+    phases = ("forward", "forward_backward", "step")  # in which it differs from all others
 
     def __init__(self, case: Case) -> None:
         assert case.grad_out is not None
@@ -104,6 +105,11 @@ class Contender:
     def own_tensors(self) -> list[Tensor]:
         """Tensors that exist whether or not a backward pass is pending."""
         return [t for t in (self.x, self.weight, self.trained, self.bias, self.beta) if t is not None]
+
+    def resident(self) -> list[Tensor]:
+        """Those, and what lives from step to step."""
+        state = self.optimizer.state.get(self.trained, {}) if self.optimizer is not None else {}
+        return [*self.own_tensors(), *(value for value in state.values() if isinstance(value, Tensor))]
 
 
 class Eager(Contender):
@@ -162,6 +168,23 @@ class Plain(Contender):
         return self.layer(self.x), None
 
 
+class PlainAmp(Plain):
+    """nn.Linear or nn.Conv2d with fp32 weights, trained under bf16 autocast: how a bf16 case is trained in practice."""
+
+    name = "linear_amp"
+
+    def make(self) -> Tensor:
+        if self.case.x.dtype == torch.float32:
+            raise Skipped("autocast is for 16-bit cases")
+        self.weight = self.weight.float()
+        self.bias = None if self.bias is None else self.bias.float()
+        return super().make()
+
+    def forward(self) -> tuple[Tensor, None]:
+        with torch.autocast(self.x.device.type, self.case.x.dtype):
+            return self.layer(self.x), None
+
+
 class NeuroSurgeon(Contender):
     """NeuroSurgeon 0.1.0's ContSparse layer; bf16 through autocast on an fp32 weight, its way."""
 
@@ -202,6 +225,7 @@ class Ours(Contender):
     """Our masked layer. Its effective weight is stale at every call, as after an optimizer step: masking is paid."""
 
     name = "ours"
+    how: dict[str, Any] = {}  # noqa: RUF012  # of masks.adamw
 
     def make(self) -> Tensor:
         from subnets import masks_of
@@ -226,13 +250,41 @@ class Ours(Contender):
     def step(self) -> None:
         """The penalty comes from the optimizer (``lam=``), as in our training loops."""
         if self.optimizer is None:
-            self.optimizer = masks_adamw(self.masks, self.case.grad_penalty)
+            self.optimizer = masks_adamw(self.masks, self.case.grad_penalty, **self.how)
         self.x.grad = self.trained.grad = None
         self.layer(self.x).backward(self.grad_out)
         self.optimizer.step()
 
+    def resident(self) -> list[Tensor]:
+        slot = self.layer._slot
+        return [*super().resident(), *(t for t in (slot.w_eff, slot.penalty) if t is not None)]
+
     def note(self) -> str:
         return _backend_note(self.case, self.layer.plan)
+
+
+class OursInBackward(Ours):
+    """The same, its scores stepped in the backward pass."""
+
+    name = "ours_in_backward"
+    phases = ("step",)
+    how = {"in_backward": True}  # noqa: RUF012
+
+
+class OursShortMoments(Ours):
+    """The first, with bf16 moments."""
+
+    name = "ours_bf16_moments"
+    phases = ("step",)
+    how = {"moment_dtype": torch.bfloat16}  # noqa: RUF012
+
+
+class OursLean(Ours):
+    """Both: the least memory."""
+
+    name = "ours_lean"
+    phases = ("step",)
+    how = {"in_backward": True, "moment_dtype": torch.bfloat16}  # noqa: RUF012
 
 
 class OursOp(Contender):
@@ -297,8 +349,10 @@ class OursFresh(OursWithoutPenalty):
         return self.layer(self.x), None
 
 
-BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, CompiledMax, Plain, NeuroSurgeon)}
-OURS = (Ours, OursOp, OursFused, OursCached, OursWithoutPenalty, OursFresh)
+BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, CompiledMax, Plain, PlainAmp, NeuroSurgeon)}
+OURS = (
+    Ours, OursInBackward, OursShortMoments, OursLean, OursOp, OursFused, OursCached, OursWithoutPenalty, OursFresh,
+)  # fmt: skip
 ALL: dict[str, type[Contender]] = {**BASELINES, **{c.name: c for c in OURS}}
 
 

@@ -46,6 +46,17 @@ def peak_bytes(contender: Contender) -> int:
     return peak_of(contender.forward_backward, contender.x.device.type)
 
 
+def step_bytes(contender: Contender) -> int:
+    """The most bytes that exist during a training step, gradients dropped after each: what lives from step to step
+    (weight, what is trained, moments, effective weight) and the peak of what comes and goes."""
+    contender.step()
+    contender.step()
+    contender.x.grad = contender.trained.grad = None
+    peak = peak_of(contender.step, contender.x.device.type)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in contender.resident()}
+    return peak + sum(storages.values())
+
+
 def peak_of(function: Callable[[], object], device: str) -> int:
     """The most bytes that a call holds at a time."""
     if device == "cuda":

@@ -24,7 +24,7 @@ class Row:
     """One contender in one phase of one case. Times are microseconds per call. ``x_<baseline>``: median over the rounds
     of the baseline's time / this one's (above 1: this one is faster). ``gate``: largest error / allowed error (at most
     1 is right; empty: computes something else). ``kept_mb``, ``peak_mb``: memory.py; ``kept_weights``: kept bytes in
-    units of the weight's. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
+    units of the weight's; ``step_bytes``: the most that exist in a training step, per weight. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
     measured in this run; ``gflop``, ``least_mb``: what it was reckoned from. ``state``, on a GPU: "l2-hot" where the
     working set fits in the L2 cache, else "beyond-l2"."""
 
@@ -41,6 +41,7 @@ class Row:
     x_compile: float | None = None
     x_compile_max: float | None = None
     x_linear: float | None = None
+    x_linear_amp: float | None = None
     x_neurosurgeon: float | None = None
     x_finetune: float | None = None
     x_finetune_amp: float | None = None
@@ -50,6 +51,7 @@ class Row:
     kept_mb: float | None = None
     kept_weights: float | None = None
     peak_mb: float | None = None
+    step_bytes: float | None = None
     floor_us: float | None = None
     ceiling_fraction: float | None = None
     gflop: float | None = None
@@ -59,7 +61,7 @@ class Row:
 
 
 FIELDS = [field.name for field in fields(Row)]
-RATIOS = ("eager", "compile", "compile_max", "linear", "neurosurgeon", "finetune", "finetune_amp", "mm")
+RATIOS = ("eager", "compile", "compile_max", "linear", "linear_amp", "neurosurgeon", "finetune", "finetune_amp", "mm")
 
 
 def _version_of(package: str) -> str:
@@ -155,17 +157,18 @@ def _number(value: float | None, spec: str = ".2f") -> str:
 
 def table(rows: list[Row], is_wanted: Callable[[Row], bool] = lambda row: row.contender.startswith("ours")) -> str:
     """Short table: one line per row of ours, its ratios to the baselines beside it (columns that hold something)."""
-    rows = [row for row in rows if is_wanted(row)]
+    rows = [row for row in rows if is_wanted(row) or row.step_bytes is not None]  # bytes have no ratios to look at
     ratios = [name for name in RATIOS if any(getattr(row, f"x_{name}") is not None for row in rows)]
     lines = [("case", "phase", "contender", "median us", "p20-p80", *(f"x {name[:11]}" for name in ratios),
-              "over lin. us", "kept/W", "peak MB", "ceiling", "state")]  # fmt: skip
+              "over lin. us", "kept/W", "peak MB", "step B/w", "ceiling", "state")]  # fmt: skip
     for row in rows:
         phase = row.phase if row.mode == "eager" else f"{row.phase} ({row.mode})"
         lines.append((
             row.case, phase, row.contender, _number(row.median_us, ".1f"),
             f"{_number(row.p20_us, '.1f')}-{_number(row.p80_us, '.1f')}",
             *(_number(getattr(row, f"x_{name}")) for name in ratios), _number(row.over_linear_us, ".1f"),
-            _number(row.kept_weights), _number(row.peak_mb, ".1f"), _number(row.ceiling_fraction), row.state,
+            _number(row.kept_weights), _number(row.peak_mb, ".1f"),
+            _number(row.step_bytes, ".1f"), _number(row.ceiling_fraction), row.state,
         ))  # fmt: skip
     return aligned(lines)
 

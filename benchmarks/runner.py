@@ -20,6 +20,7 @@ from .timing import Function, Timing, TimingConfig, as_cuda_graph, time_interlea
 
 PHASES = ("forward", "forward_backward", "step")
 MODES = ("eager", "graph")
+OURS = ("ours", "ours_in_backward", "ours_bf16_moments", "ours_lean", "ours_op")
 
 
 @dataclass
@@ -29,8 +30,8 @@ class Settings:
 
     device: str = "cpu"
     timing: TimingConfig = field(default_factory=TimingConfig)
-    baselines: tuple[str, ...] = ("eager", "compile", "linear", "neurosurgeon")
-    ours: tuple[str, ...] = ("ours", "ours_op")
+    baselines: tuple[str, ...] = ("eager", "compile", "linear", "linear_amp", "neurosurgeon")
+    ours: tuple[str, ...] = OURS
     models: tuple[str, ...] = ("eager", "compile", "finetune", "finetune_amp", "ours", "ours_compile")
     phases: tuple[str, ...] = PHASES
     modes: tuple[str, ...] = ("eager",)
@@ -206,7 +207,7 @@ def _layer_phase(
             check_capturable(by_name[name].optimizer)
 
     functions = in_mode(
-        mode, {c.name: getattr(c, phase) for c in contenders}, f"{case.name} {phase}", settings,
+        mode, {c.name: getattr(c, phase) for c in contenders if phase in c.phases}, f"{case.name} {phase}", settings,
         lambda name: by_name[name].leaves(), check,
     )  # fmt: skip
     if not functions:
@@ -233,7 +234,7 @@ def _layer_phase(
 
 
 def run_memory(case: LayerCase, settings: Settings, ceilings: Ceilings) -> list[Row]:
-    """Rows with bytes only: kept between forward and backward, and the peak of both."""
+    """Rows with bytes only: kept between forward and backward, the peak of both, and of a step."""
     inputs = case.build(settings.device)
     contenders = make_contenders(inputs, [*settings.baselines, *settings.ours], settings.say)
     worst = gate_layers(inputs, contenders, settings.broke(case.name))
@@ -243,6 +244,7 @@ def run_memory(case: LayerCase, settings: Settings, ceilings: Ceilings) -> list[
         kept, peak = memory.kept_bytes(c), memory.peak_bytes(c)
         row = Row("memory", case.name, "forward_backward", c.name, "eager", 0, None, None, None, gate=worst.get(c.name))
         row.kept_mb, row.kept_weights, row.peak_mb = kept / 2**20, kept / weight_bytes, peak / 2**20
+        row.step_bytes = memory.step_bytes(c) / case.num_weights
         rows.append(row)
     return rows
 

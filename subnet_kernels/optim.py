@@ -156,10 +156,13 @@ class MaskAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        self._step_untraced() if torch.compiler.is_compiling() else self._step()
         return loss
 
     @torch._disable_dynamo  # pyright: ignore  # step counts are read on the host, which would compile anew each time
+    def _step_untraced(self) -> None:
+        self._step()
+
     def _step(self) -> None:
         _check_capture(self)
         stepped, self._stepped, self._next_betas = self._stepped, {}, {}
@@ -491,7 +494,7 @@ def _mask_adamw(
     for param, of in zip(params, masked, strict=True):
         slot, weight = of.slot(), of.weight.t() if of.is_transposed else of.weight
         buffers = None
-        if slot is not None and slot.w_eff is not None and writes:
+        if slot is not None and slot.w_eff is not None and writes and not slot.is_made_in_product:
             buffers = slot.buffers_in_use(weight) if in_backward else slot.buffers(weight, slot.w_eff.dtype)
             slot.clear()
         if slot is None or buffers is None:

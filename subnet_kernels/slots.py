@@ -51,8 +51,16 @@ def clear_all_slots() -> None:
     _generation += 1
 
 
-@torch._disable_dynamo  # pyright: ignore  # traced, the generation would be a constant of the graph: one graph per step
 def _after_any_optimizer_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    _clear_untraced(optimizer) if torch.compiler.is_compiling() else _clear_after(optimizer)
+
+
+@torch._disable_dynamo  # pyright: ignore  # traced, the generation would be a constant of the graph: one graph per step
+def _clear_untraced(optimizer: Optimizer) -> None:
+    _clear_after(optimizer)
+
+
+def _clear_after(optimizer: Optimizer) -> None:
     if not getattr(optimizer, "writes_effective_weights", False):
         clear_all_slots()
     first = next((p for group in optimizer.param_groups for p in group["params"]), None)
@@ -71,7 +79,9 @@ def _register_hook_once() -> None:
 class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
-    __slots__ = ("__weakref__", "_kept", "_key", "_made_for", "_was_captured", "number", "penalty", "w_eff")
+    __slots__ = (
+        "__weakref__", "_kept", "_key", "_made_for", "_was_captured", "is_made_in_product", "number", "penalty", "w_eff",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         _register_hook_once()
@@ -81,6 +91,9 @@ class Slot:
         self._made_for: tuple[Any, ...] | None = None  # the weight's metadata and the capture that the buffers fit
         self._was_captured = False  # replays may change scores behind the key: outside of captures nothing is fresh
         self._kept: tuple[Tensor, Tensor] | None = None  # the key's tensors, so that no other can get their addresses
+        # whether the last forward pass that found it stale made the effective weight within its product, which costs less
+        # than a pass of its own: an optimizer then leaves it to the next
+        self.is_made_in_product = False
         self.number = next(_numbers)  # names the slot inside a compiled graph
         _slots[self.number] = self
 

@@ -172,6 +172,10 @@ class Backend:
         w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
         return self.linear(x, w_eff, bias, kind, weight, scores), penalty, w_eff if keeps_w_eff(plan) else None
 
+    def makes_w_eff_in_product(self, x: Tensor, weight: Tensor, scores: Tensor, kind: MaskKind) -> bool:
+        """Whether masked_linear writes the effective weight of this call in passing, within its product."""
+        return False
+
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
     ) -> Tensor:

@@ -187,6 +187,9 @@ class NativeBackend(Backend):
             _bump(buffers)
         return out, penalty, w_eff if keeps_w_eff(plan) else None
 
+    def makes_w_eff_in_product(self, x: Tensor, weight: Tensor, scores: Tensor, kind: MaskKind) -> bool:
+        return _is_product_fused(kind, x, weight, scores)
+
     def linear(
         self, x: Tensor, w_eff: Tensor, bias: Tensor | None, kind: MaskKind, weight: Tensor, scores: Tensor
     ) -> Tensor:

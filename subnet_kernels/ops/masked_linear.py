@@ -53,6 +53,7 @@ def _forward(
         out, penalty, w_eff = backend.masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
         if buffers is not None:
             slot.mark_fresh(weight, scores, beta, kind, x.dtype)
+            slot.is_made_in_product = backend.makes_w_eff_in_product(x, weight, scores, kind)
     return out, penalty.clone() if settings.wants_penalty else penalty, w_eff
 
 

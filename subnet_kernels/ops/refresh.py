@@ -24,6 +24,8 @@ def _implementation(
         owner = None
     if owner is not None and owner.is_fresh(weight, scores, beta, mask_kind, w_eff.dtype):
         return
+    if owner is not None:
+        owner.is_made_in_product = False  # here it is a pass of its own
     backend = choose_for("effective_weight", weight, scores, kind, w_eff.dtype)
     backend.effective_weight(weight, scores, beta, mask_kind, w_eff.dtype, (w_eff, penalty))
     if owner is not None:

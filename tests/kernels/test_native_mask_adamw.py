@@ -177,6 +177,34 @@ def test_roots_and_quotients_are_exact(name):
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
+def test_the_quotient_is_within_4_units_in_the_last_place_over_all_magnitudes(name):
+    """eps is at its usual size, so that AVX-512 makes root and quotient without the processor's own."""
+    state = State((100_003,), 1.0, dtype=None)
+    exponents = torch.linspace(-120, 120, 100_003).round()
+    state.exp_avg_sq = 2**exponents * (1 + torch.rand(100_003, generator=torch.Generator().manual_seed(0)))
+    state.exp_avg = state.exp_avg * 2 ** (exponents / 2)
+    state.scores.zero_()
+    state.grad.zero_()
+    m, v = state.exp_avg.double() / 2, state.exp_avg_sq.double() / 2
+    with capability(name):
+        run([state], lr=0.5, betas=(0.5, 0.5), eps=1e-8, weight_decay=0.0, lam=0.0)
+    truth = -m / (v.sqrt() * 2.0**0.5 + 1e-8)
+    assert_within(state.scores, truth, 4 * 2 * U * truth.abs())
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_an_infinite_second_moment_stops_the_score_and_0_over_0_moves_nothing(name):
+    state = State((4,), dtype=None)
+    state.grad.zero_()
+    state.scores.fill_(1.0)
+    state.exp_avg_sq = torch.tensor([float("inf"), 0.0, 3e38, float("inf")])
+    state.exp_avg = torch.tensor([3e38, 0.0, 1.0, float("inf")])
+    with capability(name):
+        run([state], eps=1e-8, weight_decay=0.0, lam=0.0)
+    assert state.scores[:3].tolist() == [1.0, 1.0, 1.0] and state.scores[3].isnan()  # as torch: inf/inf is NaN
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
 def test_a_nan_gradient_stays_in_its_element(name):
     state = State((130,))
     state.grad[[3, 129]] = float("nan")
@@ -312,7 +340,9 @@ ORDER = ("scores", "grads", "exp_avgs", "exp_avg_sqs", "weights", "w_effs", "pen
 def raw(kind=0, lr=0.1, beta1=0.9, beta2=0.99, beta=BETA, next_beta=BETA, steps=(1.0,), **bad):
     given = {name: torch.ones(4, 6) for name in ORDER[:-1]} | {"penalties": torch.ones(())} | bad
     lists = [tensor if isinstance(tensor, list) else [tensor] for tensor in (given[name] for name in ORDER)]
-    ops.mask_adamw(*lists, list(steps), beta, next_beta, kind, lr, beta1, beta2, 1e-8, 0.0, 0.1)
+    num = len(lists[0])
+    none, firsts = [torch.empty(0)] * num, [0] * num
+    ops.mask_adamw(*lists, list(steps), beta, next_beta, kind, lr, beta1, beta2, 1e-8, 0.0, 0.1, False, none, firsts)
 
 
 SHARED = torch.ones(48)
@@ -324,7 +354,8 @@ SHARED = torch.ones(48)
         (r"all lists must be as long as scores \(1\), got one of 2", {"grads": [torch.ones(4, 6)] * 2}),
         (r"all lists must be as long as scores \(1\), got one of 0", {"steps": ()}),
         ("scores must be float32", {"scores": torch.ones(4, 6).double()}),
-        ("exp_avgs must be float32", {"exp_avgs": torch.ones(4, 6).bfloat16()}),
+        ("exp_avgs and exp_avg_sqs must be float32 or bfloat16, both alike", {"exp_avgs": torch.ones(4, 6).bfloat16()}),
+        ("exp_avgs and exp_avg_sqs must be float32 or bfloat16, both alike", {"exp_avgs": torch.ones(4, 6).half()}),
         (r"scores must have the shape of weights, \[4, 6\], got \[4, 1\]", {"scores": torch.ones(4, 1)}),
         ("grads must have weight's strides", {"grads": torch.ones(6, 4).t()}),
         ("exp_avg_sqs must have weight's strides", {"exp_avg_sqs": torch.ones(4, 1).expand(4, 6)}),
