@@ -349,7 +349,9 @@ class OursFresh(OursWithoutPenalty):
         return self.layer(self.x), None
 
 
-BASELINES: dict[str, type[Contender]] = {c.name: c for c in (Eager, Compiled, CompiledMax, Plain, PlainAmp, NeuroSurgeon)}
+BASELINES: dict[str, type[Contender]] = {
+    c.name: c for c in (Eager, Compiled, CompiledMax, Plain, PlainAmp, NeuroSurgeon)
+}
 OURS = (
     Ours, OursInBackward, OursShortMoments, OursLean, OursOp, OursFused, OursCached, OursWithoutPenalty, OursFresh,
 )  # fmt: skip

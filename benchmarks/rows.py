@@ -24,9 +24,10 @@ class Row:
     """One contender in one phase of one case. Times are microseconds per call. ``x_<baseline>``: median over the rounds
     of the baseline's time / this one's (above 1: this one is faster). ``gate``: largest error / allowed error (at most
     1 is right; empty: computes something else). ``kept_mb``, ``peak_mb``: memory.py; ``kept_weights``: kept bytes in
-    units of the weight's; ``step_bytes``: the most that exist in a training step, per weight. ``ceiling_fraction``: floor_us / median_us, floor_us from the copy bandwidth and product rate
-    measured in this run; ``gflop``, ``least_mb``: what it was reckoned from. ``state``, on a GPU: "l2-hot" where the
-    working set fits in the L2 cache, else "beyond-l2"."""
+    units of the weight's; ``step_bytes``: the most that exist in a training step, per weight. ``ceiling_fraction``:
+    floor_us / median_us, floor_us from the copy bandwidth and product rate measured in this run; ``gflop``,
+    ``least_mb``: what it was reckoned from. ``state``, on a GPU: "l2-hot" where the working set fits in the L2 cache,
+    else "beyond-l2"."""
 
     suite: str
     case: str

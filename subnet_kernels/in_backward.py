@@ -1,4 +1,4 @@
-"""Scores that are stepped in the backward pass: how a layer finds their optimizer, and what stands for their gradient."""
+"""Scores stepped in the backward pass: how a layer finds their optimizer, and what stands for their gradient."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Use:
             raise RuntimeError("MaskAdamW: in_backward=True: this backward pass has already stepped the scores")
         if any(other is not self and other.scores is self.scores for other in others):
             raise RuntimeError(
-                "MaskAdamW: in_backward=True: another forward pass of the same masked layer is waiting for its backward "
-                "pass (a layer used twice, or a loss of an earlier pass that is still alive); use in_backward=False, and "
-                "torch.no_grad() where nothing is trained"
+                "MaskAdamW: in_backward=True: another forward pass of the same masked layer is waiting for its "
+                "backward pass (a layer used twice, or a loss of an earlier pass that is still alive); use "
+                "in_backward=False, and torch.no_grad() where nothing is trained"
             )
         self._stepper.check_use(self)
 
@@ -94,14 +94,14 @@ def check_processes() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            "MaskAdamW: in_backward=True can't work in several processes (DDP, FSDP): gradients are to be added up over "
-            "them before the step; use in_backward=False"
+            "MaskAdamW: in_backward=True can't work in several processes (DDP, FSDP): gradients are to be added up "
+            "over them before the step; use in_backward=False"
         )
 
 
 _HARMLESS = {
-    "__get__", "zero_", "_foreach_zero_", "requires_grad_", "detach_", "size", "stride", "dim", "numel", "is_contiguous",
-    "__repr__",
+    "__get__", "zero_", "_foreach_zero_", "requires_grad_", "detach_", "size", "stride", "dim", "numel",
+    "is_contiguous", "__repr__",
 }  # fmt: skip  # what zero_grad() does, and questions about the shape
 
 

@@ -109,7 +109,9 @@ class MaskAdamW(torch.optim.AdamW):
         moment_dtype: torch.dtype | None = None, capturable: bool = False,
     ) -> None:
         if moment_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"MaskAdamW: moment_dtype must be None, torch.float32 or torch.bfloat16, got {moment_dtype}")
+            raise ValueError(
+                f"MaskAdamW: moment_dtype must be None, torch.float32 or torch.bfloat16, got {moment_dtype}"
+            )
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable)
         self._known: dict[int, _Known] = {}
         self.defaults.update(in_backward=in_backward, moment_dtype=moment_dtype or torch.float32)
@@ -239,9 +241,9 @@ class MaskAdamW(torch.optim.AdamW):
     def step_use(self, use: Use, linear: tuple[Tensor, Tensor, Tensor | None] | None, grads: Any) -> bool:
         """Called by a layer's backward pass: step ``use.scores``.
 
-        linear: (grad_out [M, N], x [M, K], grad_penalty) of a linear layer; grads: else, (gradient, grad_penalty) of the
-        effective weight, or the scores' gradient. Returns False, and does nothing, where there is no kernel that takes
-        this: the caller is to make the scores' gradient and come again with that.
+        linear: (grad_out [M, N], x [M, K], grad_penalty) of a linear layer; grads: else, (gradient, grad_penalty) of
+        the effective weight, or the scores' gradient. Returns False, and does nothing, where there is no kernel that
+        takes this: the caller is to make the scores' gradient and come again with that.
         """
         scores = use.scores
         group = self.param_groups[self._group_of[id(scores)]]
@@ -256,11 +258,11 @@ class MaskAdamW(torch.optim.AdamW):
             _torch_adamw([(entry, masked)], group, lam)
             self._finish_use(use, None)
             return True
-        if not is_of_scores and (masked.weight.requires_grad or not masked.kind.is_trainable):
-            return False
         beta, kind = masked.beta, masked.kind
         writes = not self._optimizer_step_post_hooks and (self.advance is None or self.upcoming is not None)
         next_beta = self._next_beta(beta)
+
+        mask_adamw: Any = backend.mask_adamw_
 
         def run(params: Any, all_grads: Any, m: Any, v: Any, steps: Any, weights: Any, slots: Any, *rest: Any) -> None:
             if linear is not None:
@@ -270,9 +272,9 @@ class MaskAdamW(torch.optim.AdamW):
                     *linear, turn(params[0]), turn(m[0]), turn(v[0]), steps[0], turn(weights[0]), slot, *rest
                 )
             elif is_of_scores:
-                backend.mask_adamw_(params, all_grads, m, v, steps, weights, slots, *rest)
+                mask_adamw(params, all_grads, m, v, steps, weights, slots, *rest)
             else:
-                backend.mask_adamw_(params, [grads[0]], m, v, steps, weights, slots, *rest, [grads[1]])
+                mask_adamw(params, [grads[0]], m, v, steps, weights, slots, *rest, [grads[1]])
 
         kept = _mask_adamw(run, kind, [(entry, masked)], group, beta, next_beta, writes, in_backward=True)
         finished = _Finished(kept[0], scores, beta, beta._version, next_beta, kind)
@@ -305,8 +307,8 @@ class MaskAdamW(torch.optim.AdamW):
             )
         if scores._backward_hooks or scores._post_accumulate_grad_hooks:  # pyright: ignore
             raise RuntimeError(
-                "MaskAdamW: in_backward=True makes no gradient that a hook on scores could see; remove the hook, or use "
-                "in_backward=False"
+                "MaskAdamW: in_backward=True makes no gradient that a hook on scores could see; remove the hook, or "
+                "use in_backward=False"
             )
         check_processes()
 

@@ -80,7 +80,8 @@ class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
     __slots__ = (
-        "__weakref__", "_kept", "_key", "_made_for", "_was_captured", "is_made_in_product", "number", "penalty", "w_eff",
+        "__weakref__", "_kept", "_key", "_made_for", "_was_captured", "is_made_in_product", "number", "penalty",
+        "w_eff",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -91,8 +92,8 @@ class Slot:
         self._made_for: tuple[Any, ...] | None = None  # the weight's metadata and the capture that the buffers fit
         self._was_captured = False  # replays may change scores behind the key: outside of captures nothing is fresh
         self._kept: tuple[Tensor, Tensor] | None = None  # the key's tensors, so that no other can get their addresses
-        # whether the last forward pass that found it stale made the effective weight within its product, which costs less
-        # than a pass of its own: an optimizer then leaves it to the next
+        # whether the last forward pass that found it stale made the effective weight within its product, which costs
+        # less than a pass of its own: an optimizer then leaves it to the next
         self.is_made_in_product = False
         self.number = next(_numbers)  # names the slot inside a compiled graph
         _slots[self.number] = self

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.layout import with_strides_of
 from ..backends.base import Backend, ConvArgs, Needs, conv2d_backward, keeps_w_eff
+from ..backends.layout import with_strides_of
 from ..dispatch import choose_for
 from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
@@ -98,7 +98,7 @@ def _step_in_backward(
     """As in masked_linear.py."""
     use, wants = ctx.use, ctx.needs_input_grad
     use.begin()
-    is_stepped = False
+    is_stepped, made = False, None
     if grad_out is not None and w_eff is not None and not wants[1]:
         needs = wants[0], True, wants[4]
         grad_x, grad_w_eff, grad_bias = conv2d_backward(grad_out, x, w_eff, ctx.args, needs)

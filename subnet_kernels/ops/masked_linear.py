@@ -93,7 +93,7 @@ def _step_in_backward(
     ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
     beta: Tensor, w_eff: Tensor | None,
 ) -> Any:
-    """The backward pass of scores whose optimizer steps them in it: all other gradients come first, and theirs is None."""
+    """The backward pass of scores whose optimizer steps them in it: other gradients come first, and theirs is None."""
     use, wants = ctx.use, ctx.needs_input_grad
     use.begin()
     tensors = grad_out, grad_penalty, x, weight, scores, beta, w_eff

@@ -377,7 +377,8 @@ def test_mask_adamw_pushes_a_score_without_gradient_and_leaves_other_parameters_
 
 
 @pytest.mark.parametrize("arguments, error", [
-    (dict(lam=-1.0), ValueError), (dict(lam=float("nan")), ValueError), (dict(in_backward=True), NotImplementedError),
+    (dict(lam=-1.0), ValueError), (dict(lam=float("nan")), ValueError),
+    (dict(moment_dtype=torch.float16), ValueError),
 ])  # fmt: skip
 def test_mask_adamw_refuses_what_it_cannot_do(arguments, error):
     with pytest.raises(error, match="MaskAdamW"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnet_kernels.in_backward import SpentGradient
 from subnet_kernels.masks import (
     Hard,
     MaskKind,
@@ -253,7 +254,9 @@ class MaskedLayer(nn.Module):
                 scores.data = moved
             else:
                 self._parameters["scores"] = nn.Parameter(moved, scores.requires_grad)
-            if grad is not None:
+            if isinstance(grad, SpentGradient):
+                self.scores.grad = None
+            elif grad is not None:
                 self.scores.grad = grad.to(device=moved.device, dtype=wanted)
             beta = self._state.beta
             if beta.device != moved.device and not moved.is_meta:
