@@ -1,7 +1,7 @@
 """``python -m benchmarks.discovery``: the arithmetic discovery, ours against the same loop on NeuroSurgeon.
 
-Four contenders look for S1 in one trained T1 network (4 layers, batch 500), each with AdamW fused in its way, in fp32
-and under bf16 autocast; they take turns epoch by epoch, evaluation not counted. Steps per second, their ratio (median
+Each contender looks for S1 in one trained T1 network (4 layers, batch 500) with AdamW fused in its way, in fp32 and
+under bf16 autocast; they take turns epoch by epoch, evaluation not counted. Steps per second, their ratio (median
 over the epochs), and what was found: accuracy of the hard mask on S1 and density.
 """
 
@@ -81,13 +81,16 @@ class Theirs(Contender):
     name = "neurosurgeon"
 
     def start(self) -> None:
-        from NeuroSurgeon.Masking import ContSparseLinear
+        from NeuroSurgeon.Masking import ContSparseGPTConv1D, ContSparseLinear
+        from transformers.pytorch_utils import Conv1D
 
+        twins = {nn.Linear: ContSparseLinear, Conv1D: ContSparseGPTConv1D}
         self.model.requires_grad_(False).eval()
         self.layers = []
         for name, module in list(self.model.named_modules()):
-            if type(module) is nn.Linear:
-                twin = ContSparseLinear.from_layer(module, mask_unit="weight", mask_init_value=self.config.score_init)
+            if type(module) in twins and not name.endswith("lm_head"):
+                new = twins[type(module)].from_layer
+                twin = new(module, mask_unit="weight", mask_init_value=self.config.score_init)
                 twin.requires_grad_(False)
                 twin.weight_mask_params.requires_grad_()
                 parent, _, child = name.rpartition(".")
@@ -100,7 +103,7 @@ class Theirs(Contender):
     def epoch(self, epoch: int) -> None:
         for layer in self.layers:
             layer.temperature = self.config.beta(epoch, self.config.epochs)
-            layer.train()
+            layer.train(True)
         for batch in self.batches(epoch):
             loss = self.loss(self.model, batch)
             loss = loss + self.config.lam * torch.stack([layer.calculate_l0() for layer in self.layers]).sum()
@@ -110,10 +113,46 @@ class Theirs(Contender):
 
     def found(self, held_out: Tensor) -> tuple[float, float]:
         for layer in self.layers:
-            layer.eval()
+            layer.train(False)
         kept = sum(int((layer.weight_mask_params > 0).sum()) for layer in self.layers)
         with torch.no_grad():
             return accuracy(self.model, held_out), kept / sum(layer.weight.numel() for layer in self.layers)
+
+
+class TheirsInTransformers(Theirs):
+    """The same in transformers' GPT-2 with these weights, which is what NeuroSurgeon's users train."""
+
+    name = "neurosurgeon, transformers"
+
+    def start(self) -> None:
+        self.model = _LogitsOnly(hugging_face_twin(self.model))  # pyright: ignore
+        super().start()
+
+
+class _LogitsOnly(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def hugging_face_twin(model: LeanGPT2) -> nn.Module:
+    """transformers' GPT2LMHeadModel with the same weights; its Conv1D weights are the transposes."""
+    import transformers
+
+    shape = model.shape
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
+        n_head=shape.heads, resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
+    )  # fmt: skip
+    twin = transformers.GPT2LMHeadModel(config).eval()
+    masked = set(shape.masked_names())
+    state = {f"transformer.{n}": p.detach().t() if n in masked else p.detach() for n, p in model.named_parameters()}
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert unexpected == [] and [name for name in missing if not name.endswith((".bias", "lm_head.weight"))] == []
+    return twin
 
 
 def run(folder: Path, layers: int, epochs: int, steps: int, say: Callable[[str], None] = print) -> str:
@@ -127,7 +166,8 @@ def run(folder: Path, layers: int, epochs: int, steps: int, say: Callable[[str],
     batches = stages.s1_batches(settings)
     config = stages.discovery_config(settings, layers)
     held_out = data.held_out_set(data.S1, "test", settings.seed, settings.num_held_out)
-    contenders = [kind(base, batches, config, d) for d in (torch.float32, torch.bfloat16) for kind in (Ours, Theirs)]
+    kinds = (Ours, Theirs, TheirsInTransformers)
+    contenders = [kind(base, batches, config, d) for d in (torch.float32, torch.bfloat16) for kind in kinds]
     for epoch in range(epochs):
         for contender in contenders:
             torch.manual_seed(epoch)
@@ -135,13 +175,17 @@ def run(folder: Path, layers: int, epochs: int, steps: int, say: Callable[[str],
             contender.epoch(epoch)
             contender.seconds.append(time.perf_counter() - begin)
         say(f"epoch {epoch + 1} of {epochs}: " + ", ".join(f"{steps / c.seconds[-1]:.2f}" for c in contenders))
-    lines = [("contender", "dtype", "steps/s", "x neurosurgeon", "S1 accuracy", "density")]
-    for contender, other in zip(contenders, [c for c in contenders if c.name == "neurosurgeon" for _ in range(2)]):
-        ratio = statistics.median(b / a for a, b in zip(contender.seconds[1:], other.seconds[1:], strict=True))
+    lines = [("contender", "dtype", "steps/s", "x neurosurgeon", "x in transformers", "S1 accuracy", "density")]
+    for contender in contenders:
+        ratios = []
+        for name in (Theirs.name, TheirsInTransformers.name):
+            other = next(c for c in contenders if c.name == name and c.dtype == contender.dtype)
+            both = zip(contender.seconds[1:], other.seconds[1:], strict=True)
+            ratios.append(f"{statistics.median(theirs / mine for mine, theirs in both):.2f}")
         found, density = contender.found(held_out)
         rate = steps / statistics.median(contender.seconds[1:])
         dtype = "fp32" if contender.dtype == torch.float32 else "bf16 autocast"
-        lines.append((contender.name, dtype, f"{rate:.2f}", f"{ratio:.2f}", f"{found:.3f}", f"{density:.4f}"))
+        lines.append((contender.name, dtype, f"{rate:.2f}", *ratios, f"{found:.3f}", f"{density:.4f}"))
     return aligned(lines, 2)
 
 

@@ -6,22 +6,9 @@ import pytest
 import torch
 from subnets.training.gpt2 import GPT2Shape, LeanGPT2, accuracy, lm_loss
 
-transformers = pytest.importorskip("transformers")
+from benchmarks.discovery import hugging_face_twin
 
-
-def hugging_face_twin(model: LeanGPT2) -> torch.nn.Module:
-    """GPT2LMHeadModel with the same weights; its Conv1D weights are the transposes."""
-    shape = model.shape
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
-        n_head=shape.heads, resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
-    )  # fmt: skip
-    twin = transformers.GPT2LMHeadModel(config).eval()
-    masked = set(shape.masked_names())
-    state = {f"transformer.{n}": p.detach().t() if n in masked else p.detach() for n, p in model.named_parameters()}
-    missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert unexpected == [] and [name for name in missing if not name.endswith((".bias", "lm_head.weight"))] == []
-    return twin
+pytest.importorskip("transformers")
 
 
 def shaken_model(layers: int = 3) -> LeanGPT2:
