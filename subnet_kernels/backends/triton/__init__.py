@@ -1,8 +1,8 @@
 """The Triton backend. Triton is imported when the backend is first considered for a GPU.
 
-mask.py: the mask functions. Kernels: elementwise.py, units.py (coarse scores), masked_product.py, score_gradient.py,
-convolution.py. configs.py: their tiles; rules.py: which tiles, and where a kernel is used. launch.py and products.py
-call them.
+mask.py: the mask functions; rounding.py: rounding to bf16. Kernels: elementwise.py, units.py (coarse scores),
+mask_adamw.py, masked_product.py, score_gradient.py, linear_step.py, convolution.py. configs.py: their tiles; rules.py:
+which tiles, and where a kernel is used. launch.py and products.py call them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _hand_over(name: str) -> Any:
 
 for _name in (
     "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
-    "mask_adamw_", "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores", "masked_conv2d",
-    "masked_conv2d_backward",
+    "mask_adamw_", "linear_step_", "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores",
+    "masked_conv2d", "masked_conv2d_backward",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

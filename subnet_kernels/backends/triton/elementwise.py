@@ -12,13 +12,11 @@ from .mask import mask_slope, mask_value
 
 
 @triton.jit
-def write_masked(weight, score, w_eff, partial, at, inside, beta, KIND: tl.constexpr):
-    """w_eff = weight * m at a block's weights, given their scores; partial = the block's sum of m. Pointers but for
-    score and beta."""
+def write_masked(w, score, w_eff, at, inside, beta, KIND: tl.constexpr):
+    """w_eff = w * m at the weights ``at``, given w (fp32), scores and beta; returns the sum of m."""
     m = mask_value(score, beta, KIND)
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(w_eff + at, (w * m).to(w_eff.dtype.element_ty), mask=inside)
-    tl.store(partial, tl.sum(tl.where(inside, m, 0.0), axis=0))
+    return tl.sum(tl.where(inside, m, 0.0))
 
 
 @triton.jit
@@ -30,7 +28,8 @@ def effective_weight_kernel(
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
     score = tl.load(scores + at, mask=inside, other=0.0)
-    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + block, write_masked(w, score, w_eff, at, inside, tl.load(beta), KIND))
 
 
 @triton.jit
@@ -53,7 +52,8 @@ def effective_weights_kernel(
     at = first + tl.arange(0, BLOCK)
     inside = at < num
     score = tl.load(scores + at, mask=inside, other=0.0)
-    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + block, write_masked(w, score, w_eff, at, inside, tl.load(beta), KIND))
 
 
 @triton.jit

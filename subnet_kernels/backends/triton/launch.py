@@ -78,6 +78,17 @@ def _index(members: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(members, device=device)
 
 
+def step_arguments(
+    beta: Tensor, next_beta: Tensor, kind: MaskKind, numbers: AdamW
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels of a step get last: (numbers, beta, next_beta, lr, lam), and how they read these."""
+    lr, lam, beta1, beta2 = numbers.lr, numbers.lam, numbers.beta1, numbers.beta2
+    logarithms = (math.log2(value) if value else -1e4 for value in (beta1, beta2))
+    values = 1 - beta1, beta2, 1 - beta2, *logarithms, numbers.eps, numbers.weight_decay
+    flags = {"READS_LR": isinstance(lr, Tensor), "READS_LAM": isinstance(lam, Tensor)}
+    return (values, beta, next_beta, lr, lam), flags | {"KIND": KIND_CODES[kind.name]}
+
+
 _loaded: set[tuple[Any, ...]] = set()  # kernels for one tensor that ran beside those for many
 
 
@@ -307,51 +318,52 @@ class TritonElementwise(Backend):
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
-        groups: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
+        groups: dict[tuple[torch.dtype, torch.dtype | None, torch.dtype, torch.dtype], list[int]] = {}
         for i, (weight, slot) in enumerate(zip(weights, slots, strict=True)):
             if weight.numel():
-                groups.setdefault((weight.dtype, None if slot is None else slot[0].dtype), []).append(i)
+                dtypes = weight.dtype, None if slot is None else slot[0].dtype, grads[i].dtype, exp_avgs[i].dtype
+                groups.setdefault(dtypes, []).append(i)
             elif slot is not None:
                 slot[1].zero_()
-        lr, lam = numbers.lr, numbers.lam
-        beta1, beta2 = numbers.beta1, numbers.beta2
-        rest = (
-            (1 - beta1, beta2, 1 - beta2, math.log2(beta1) if beta1 else -1e4, math.log2(beta2) if beta2 else -1e4,
-             numbers.eps, numbers.weight_decay),
-            beta, next_beta, lr, lam,
-        )  # fmt: skip
-        flags = {"READS_LR": isinstance(lr, Tensor), "READS_LAM": isinstance(lam, Tensor)}
-        flags |= {"KIND": KIND_CODES[kind.name], "BLOCK": configs.ELEMENTWISE.block}
+        rest, flags = step_arguments(beta, next_beta, kind, numbers)
+        flags |= {"OF_W_EFF": grad_penalties is not None, "BLOCK": configs.ELEMENTWISE.block}
         options = {"num_warps": configs.ELEMENTWISE.num_warps}
-        for (w_dtype, o_dtype), members in groups.items():
+        for (w_dtype, o_dtype, g_dtype, m_dtype), members in groups.items():
             tensors = [
                 (scores[i], grads[i], exp_avgs[i], exp_avg_sqs[i], weights[i],
                  weights[i] if (slot := slots[i]) is None else slot[0], steps[i]) for i in members
             ]  # fmt: skip
+            penalties = [None if grad_penalties is None else grad_penalties[i] for i in members]
             flags["WRITES"] = o_dtype is not None
+            # no table where gradients have new addresses at each step: in a graph (see grad_scores_of_many), and in a
+            # backward pass, which steps a layer at a time
+            is_alone = len(members) == 1 and grad_penalties is not None
             with on_device_of(beta):
-                if memory_number(beta):  # gradients have addresses of their own there, as in grad_scores_of_many
+                if memory_number(beta) or is_alone:
                     sums = []
-                    for given in tensors:
+                    for given, penalty in zip(tensors, penalties, strict=True):
                         num = given[0].numel()
                         partials = beta.new_empty(triton.cdiv(num, flags["BLOCK"]))
                         mask_adamw_kernel[(len(partials),)](
-                            *given[:6], partials, given[6], num, *rest, **flags, **options
-                        )
-                        sums.append(partials.sum())
+                            *given[:6], partials, given[6], beta if penalty is None else penalty, num, *rest,
+                            HAS_PENALTY=penalty is not None, **flags, **options,
+                        )  # fmt: skip
+                        if o_dtype is not None:
+                            sums.append(partials.sum())
                 else:
                     addresses = tuple(
-                        (*(tensor.data_ptr() for tensor in given), given[0].numel()) for given in tensors
-                    )
+                        (*(tensor.data_ptr() for tensor in given), 0 if penalty is None else penalty.data_ptr(),
+                         given[0].numel()) for given, penalty in zip(tensors, penalties, strict=True)
+                    )  # fmt: skip
                     table, owner, first, bounds = _table(addresses, beta.device)
-                    is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[7]))
+                    is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[8]))
                     partials = beta.new_empty(len(owner))
-                    self._load_for_captures(tensors[0], partials, rest, flags, options)
+                    self._load_for_captures(tensors[0], penalties, partials, rest, flags, options)
                     mask_adamw_of_many_kernel[(len(owner),)](
-                        table, owner, first, partials, *rest, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype],
-                        IS_ALIGNED=is_aligned, **flags, **options,
+                        table, owner, first, partials, *rest, TL_DTYPES[g_dtype], TL_DTYPES[m_dtype],
+                        TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype], IS_ALIGNED=is_aligned, **flags, **options,
                     )  # fmt: skip
                     sums = [] if o_dtype is None else list(self._add_up(partials, bounds).unbind())
             written = [slot for i in members if (slot := slots[i]) is not None]
@@ -362,16 +374,20 @@ class TritonElementwise(Backend):
 
     @staticmethod
     def _load_for_captures(
-        tensors: tuple[Tensor, ...], partials: Tensor, rest: tuple[Any, ...], flags: dict[str, Any],
-        options: dict[str, int],
+        tensors: tuple[Tensor, ...], penalties: list[Tensor | None], partials: Tensor, rest: tuple[Any, ...],
+        flags: dict[str, Any], options: dict[str, int],
     ) -> None:
         """A capture by somebody else goes tensor by tensor and can't load the kernel for that: run it once, on none of
         the weights, for sizes that are multiples of 16 and others."""
-        what = (*(t.dtype for t in tensors), *flags.values())
-        if what not in _loaded:
-            _loaded.add(what)
-            for num in (0, -1):
-                mask_adamw_kernel[(1,)](*tensors[:6], partials, tensors[6], num, *rest, **flags, **options)
+        for has_penalty in {penalty is not None for penalty in penalties}:
+            what = (*(t.dtype for t in tensors), has_penalty, *flags.values())
+            if what not in _loaded:
+                _loaded.add(what)
+                for num in (0, -1):
+                    mask_adamw_kernel[(1,)](
+                        *tensors[:6], partials, tensors[6], rest[1], num, *rest, HAS_PENALTY=has_penalty, **flags,
+                        **options,
+                    )  # fmt: skip
 
     @staticmethod
     def _add_up(partials: Tensor, bounds: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ inside its product. What these do not serve (plan "cached", empty tensors) goes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ...masks import MaskKind
-from ..base import KIND_CODES, ConvArgs, Needs, conv2d_backward, keeps_w_eff
+from ..base import KIND_CODES, AdamW, ConvArgs, Needs, conv2d_backward, keeps_w_eff
 from ..layout import aligned, is_dense
 from . import configs, rules
 from .configs import Gemm
 from .convolution import conv_score_gradient_kernel, masked_conv_kernel
-from .launch import IS_INTERPRETED, TritonElementwise, on_device_of
+from .launch import IS_INTERPRETED, TritonElementwise, on_device_of, step_arguments
+from .linear_step import linear_step_kernel, step_of_parts_kernel
 from .masked_product import masked_product_kernel
 from .score_gradient import add_parts_kernel, score_gradient_kernel
 
@@ -36,6 +38,27 @@ def conv_options(dtype: torch.dtype) -> dict[str, Any]:
 
 def launch_options(config: Gemm) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def whole_parts(num_steps: int, num_parts: int) -> tuple[int, int]:
+    """(steps of a part, parts) such that none is empty."""
+    steps_per_part = triton.cdiv(num_steps, num_parts)
+    return steps_per_part, triton.cdiv(num_steps, steps_per_part)
+
+
+def _num_tiles(config: Gemm, n: int, k: int) -> int:
+    return triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
+
+
+def _launch_score_gradient(
+    grad_out: Tensor, x: Tensor, config: Gemm, arguments: tuple[Any, ...], steps_per_part: int, num_parts: int,
+    options: dict[str, Any],
+) -> None:
+    (m, n), k = grad_out.shape, x.shape[1]
+    score_gradient_kernel[(_num_tiles(config, n, k), num_parts)](
+        grad_out, x, *arguments, m, n, k, *grad_out.stride(), *x.stride(), steps_per_part, **options,
+        **dot_options(x.dtype), BN=config.rows, BK=config.columns, BM=config.depth, **launch_options(config),
+    )  # fmt: skip
 
 
 def _out_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -169,17 +192,70 @@ class TritonKernels(TritonElementwise):
         if chosen is None:
             return None
         config, num_parts = chosen
-        tiles = triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
+        return self._in_parts(
+            functools.partial(_launch_score_gradient, grad_out, x, config), triton.cdiv(m, config.depth), num_parts,
+            weight, scores, beta, grad_penalty, kind, needs_weight,
+        )  # fmt: skip
 
-        def launch(arguments: tuple[Any, ...], steps_per_part: int, num_parts: int, options: dict[str, Any]) -> None:
-            score_gradient_kernel[(tiles, num_parts)](
-                grad_out, x, *arguments, m, n, k, *grad_out.stride(), *x.stride(), steps_per_part, **options,
-                **dot_options(x.dtype), BN=config.rows, BK=config.columns, BM=config.depth, **launch_options(config),
+    def linear_step_(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, scores: Tensor, exp_avg: Tensor,
+        exp_avg_sq: Tensor, step: Tensor, weight: Tensor, slot: tuple[Tensor, Tensor] | None, beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> None:
+        rest = step, slot, beta, next_beta, kind, numbers
+        stepped = (scores, exp_avg, exp_avg_sq, weight, weight if slot is None else slot[0])
+        is_stepped = False
+        if x.numel() and weight.numel() and grad_out.dtype == x.dtype:
+            if weight.is_contiguous():
+                is_stepped = self._linear_step(grad_out, x, grad_penalty, stepped, *rest)
+            elif weight.t().is_contiguous():  # (grad_out.T @ x).T = x.T @ grad_out
+                is_stepped = self._linear_step(x, grad_out, grad_penalty, tuple(t.t() for t in stepped), *rest)
+        if not is_stepped:
+            super().linear_step_(
+                grad_out, x, grad_penalty, scores, exp_avg, exp_avg_sq, step, weight, slot, beta, next_beta, kind,
+                numbers,
             )  # fmt: skip
 
-        return self._in_parts(
-            launch, triton.cdiv(m, config.depth), num_parts, weight, scores, beta, grad_penalty, kind, needs_weight
-        )
+    def _linear_step(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, stepped: tuple[Tensor, ...], step: Tensor,
+        slot: tuple[Tensor, Tensor] | None, beta: Tensor, next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+    ) -> bool:
+        """linear_step_ on contiguous scores, moments, weight and effective weight; False, and nothing done, where the
+        vendor's product and one pass are the faster way."""
+        (m, n), k, weight = grad_out.shape, x.shape[1], stepped[3]
+        is_plain = weight.dtype == x.dtype and n % 16 == 0 and k % 16 == 0
+        chosen = rules.linear_step(x.dtype, m, n, k, is_plain, rules.chip(x.device))
+        if chosen is None:
+            return False
+        config, num_parts = chosen
+        steps_per_part, num_parts = whole_parts(triton.cdiv(m, config.depth), num_parts)
+        tiles, num, flat = _num_tiles(config, n, k), weight.numel(), configs.ELEMENTWISE
+        partials = beta.new_empty(tiles if num_parts == 1 else triton.cdiv(num, flat.block))
+        given = beta if grad_penalty is None else grad_penalty, *stepped, partials, step
+        rest, flags = step_arguments(beta, next_beta, kind, numbers)
+        flags |= {"HAS_PENALTY": grad_penalty is not None, "WRITES": slot is not None}
+        with on_device_of(weight):
+            if num_parts == 1:
+                linear_step_kernel[(tiles,)](
+                    grad_out, x, *given, m, n, k, *grad_out.stride(), *x.stride(), *rest, **flags,
+                    **dot_options(x.dtype), BN=config.rows, BK=config.columns, BM=config.depth,
+                    **launch_options(config),
+                )  # fmt: skip
+            else:
+                parts = beta.new_empty(num_parts * num)
+                _launch_score_gradient(
+                    grad_out, x, config, (weight, parts, beta, beta, parts, weight, parts), steps_per_part, num_parts,
+                    {"HAS_PENALTY": False, "WANTS_WEIGHT": False, "KIND": flags["KIND"], "IS_SPLIT": True},
+                )  # fmt: skip
+                step_of_parts_kernel[(len(partials),)](
+                    parts, *given, num, num_parts, *rest, **flags, BLOCK=flat.block, num_warps=flat.num_warps
+                )
+        written = stepped[:3]
+        if slot is not None:
+            torch.sum(partials, 0, out=slot[1])
+            written = (*written, slot[0])
+        torch.autograd.graph.increment_version(list(written))
+        return True
 
     def _in_parts(
         self, launch: Callable[[tuple[Any, ...], int, int, dict[str, Any]], None], num_steps: int, num_parts: int,
@@ -187,8 +263,7 @@ class TritonKernels(TritonElementwise):
     ) -> tuple[Tensor, Tensor | None]:
         """(grad_scores, grad_weight): ``launch(results, steps per part, parts, options)`` makes them, or, of more parts
         than one, the parts, which are then added up. weight, scores: dense, of one memory order."""
-        steps_per_part = triton.cdiv(num_steps, num_parts)
-        num_parts = triton.cdiv(num_steps, steps_per_part)
+        steps_per_part, num_parts = whole_parts(num_steps, num_parts)
         grad_scores = torch.empty_like(scores)
         grad_weight = torch.empty_like(weight) if needs_weight else None
         num = weight.numel()

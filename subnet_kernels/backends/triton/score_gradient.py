@@ -29,20 +29,16 @@ def epilogue(
 
 
 @triton.jit
-def score_gradient_kernel(
-    grad_out, x, weight, scores, beta, grad_penalty, grad_scores, grad_weight, parts, m, n, k, grad_out_row,
-    grad_out_column, x_row, x_column, steps_per_part, HAS_PENALTY: tl.constexpr, WANTS_WEIGHT: tl.constexpr,
-    KIND: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BM: tl.constexpr,
+def token_product(
+    grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, first, last, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of [N, K], part of the tokens). parts fp32 [num_parts, N, K] is written if IS_SPLIT, else the
-    results are. UPCAST: products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
+    """(grad_out.T @ x over the tokens from first to last, rows, columns) of this program's tile of [N, K]. UPCAST:
+    products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
     num_column_tiles = tl.cdiv(k, BK)
-    tile, part = tl.program_id(0), tl.program_id(1)
+    tile = tl.program_id(0)
     rows = (tile // num_column_tiles) * BN + tl.arange(0, BN)
     columns = (tile % num_column_tiles) * BK + tl.arange(0, BK)
-    first = part * steps_per_part * BM
-    last = tl.minimum(m, first + steps_per_part * BM)
     tokens = first + tl.arange(0, BM)
     is_row, is_column = (rows < n)[:, None], (columns < k)[None, :]
     grad_out += rows.to(tl.int64)[:, None] * grad_out_column + tokens.to(tl.int64)[None, :] * grad_out_row
@@ -61,7 +57,25 @@ def score_gradient_kernel(
         if UPCAST:
             g, v = g.to(tl.float32), v.to(tl.float32)
         product = tl.dot(g, v, product, input_precision=PRECISION)
-    inside = is_row & is_column
+    return product, rows, columns
+
+
+@triton.jit
+def score_gradient_kernel(
+    grad_out, x, weight, scores, beta, grad_penalty, grad_scores, grad_weight, parts, m, n, k, grad_out_row,
+    grad_out_column, x_row, x_column, steps_per_part, HAS_PENALTY: tl.constexpr, WANTS_WEIGHT: tl.constexpr,
+    KIND: tl.constexpr, IS_SPLIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of [N, K], part of the tokens). parts fp32 [num_parts, N, K] is written if IS_SPLIT, else the
+    results are."""
+    part = tl.program_id(1)
+    first = part * steps_per_part * BM
+    product, rows, columns = token_product(
+        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, first,
+        tl.minimum(m, first + steps_per_part * BM), PRECISION, UPCAST, BN, BK, BM,
+    )  # fmt: skip
+    inside = (rows < n)[:, None] & (columns < k)[None, :]
     at = rows.to(tl.int64)[:, None] * k + columns[None, :]
     if IS_SPLIT:
         tl.store(parts + part.to(tl.int64) * n * k + at, product, mask=inside)
@@ -73,6 +87,17 @@ def score_gradient_kernel(
 
 
 @triton.jit
+def sum_of_parts(parts, at, inside, num, num_parts, BLOCK: tl.constexpr):
+    """The product at a block of the flat range of weights: its parts [num_parts, num], added in their order."""
+    product = tl.zeros((BLOCK,), dtype=tl.float32)
+    parts += at
+    for _ in range(0, num_parts):
+        product += tl.load(parts, mask=inside, other=0.0)
+        parts += num
+    return product
+
+
+@triton.jit
 def add_parts_kernel(
     parts, weight, scores, beta, grad_penalty, grad_scores, grad_weight, num, num_parts, HAS_PENALTY: tl.constexpr,
     WANTS_WEIGHT: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,11 +105,7 @@ def add_parts_kernel(
     """Adds up the parts in their order, then the epilogue, over the flat range of weights."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num
-    product = tl.zeros((BLOCK,), dtype=tl.float32)
-    parts += at
-    for _ in range(0, num_parts):
-        product += tl.load(parts, mask=inside, other=0.0)
-        parts += num
+    product = sum_of_parts(parts, at, inside, num, num_parts, BLOCK)
     epilogue(
         product, at, inside, weight, scores, beta, grad_penalty, grad_scores, grad_weight, HAS_PENALTY, WANTS_WEIGHT,
         KIND,
