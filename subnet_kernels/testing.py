@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import MaskKind, as_kind, expand_scores, weights_per_score
+from .backends.base import AdamW
+from .masks import MaskKind, Sigmoid, as_kind, expand_scores, weights_per_score
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -189,3 +190,125 @@ def ours(case: Case, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return masked_conv2d(
         case.x, case.weight, case.scores, case.beta, case.bias, **case.conv, kind=case.kind, **kwargs
     )
+
+
+# --- one step of the optimizer ---------------------------------------------------------------------------------------
+
+STEP = AdamW(lr=0.03, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.7, lam=0.11)  # so that each of them is seen
+STEP_BETA, NEXT_BETA = 3.0, 7.0
+
+
+@dataclass
+class Stepped:
+    """What mask_adamw_ and linear_step_ read and write of one tensor: scores, moments, the number of the step, weight
+    and, where there is one, the slot's effective weight and penalty."""
+
+    scores: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    weight: Tensor
+    slot: tuple[Tensor, Tensor] | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Stepped:
+        """A copy with ``function`` of every tensor of weight's shape, NaN in the slot."""
+        scores, exp_avg, exp_avg_sq, weight = (
+            function(tensor.clone()) for tensor in (self.scores, self.exp_avg, self.exp_avg_sq, self.weight)
+        )
+        slot = None if self.slot is None else empty_slot(weight, self.slot[0].dtype)
+        return Stepped(scores, exp_avg, exp_avg_sq, self.step.clone(), weight, slot)
+
+    def written(self) -> list[Tensor]:
+        return [self.scores, self.exp_avg, self.exp_avg_sq, *(self.slot or ())]
+
+
+def empty_slot(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.full_like(weight, float("nan"), dtype=dtype), torch.full((), float("nan"), device=weight.device)
+
+
+def stepped(
+    shape: tuple[int, ...], step: int = 3, weight_dtype: torch.dtype = torch.float32,
+    moment_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None, seed: int = 0, device: str = "cpu",
+) -> Stepped:
+    """Random inputs of a step; ``dtype``: of the effective weight, None without."""
+    generator = torch.Generator().manual_seed(seed)
+    scores, exp_avg, root, weight = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+    weight = weight.to(weight_dtype)
+    return Stepped(
+        scores, exp_avg.to(moment_dtype), (root.square() + 0.1).to(moment_dtype),
+        torch.tensor(float(step), device=device), weight, None if dtype is None else empty_slot(weight, dtype),
+    )  # fmt: skip
+
+
+def grad_of_step(
+    before: Stepped, grad_w_eff: Tensor, grad_w_eff_error: Tensor | float, grad_penalty: float
+) -> tuple[Tensor, Tensor]:
+    """The scores' gradient, without lam's part, in fp64, and the error that fp32 arithmetic may leave in it, given that
+    of the effective weight's."""
+    weight, slope = before.weight.double(), Sigmoid().slope(before.scores.double(), STEP_BETA)
+    product = grad_w_eff.double() * weight
+    roundings = 4 * UNIT_ROUNDOFF[torch.float32] * (product.abs() + grad_penalty + float(STEP.lam))
+    return (product + grad_penalty) * slope, (grad_w_eff_error * weight.abs() + roundings) * slope
+
+
+def linear_grad_of_step(
+    before: Stepped, grad_out: Tensor, x: Tensor, grad_penalty: float, product_roundoff: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The same for a linear layer; product_roundoff: of the dtype in which a vendor's product is stored."""
+    product, size = grad_out.double().t() @ x.double(), grad_out.double().abs().t() @ x.double().abs()
+    error = (len(x) + 8) * UNIT_ROUNDOFF[torch.float32] * size + product_roundoff * product.abs()
+    return grad_of_step(before, product, error, grad_penalty)
+
+
+def adamw_in_fp64(
+    before: Stepped, grad: Tensor, beta: float, numbers: AdamW
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, moments) after one step, by the formula."""
+    lr, beta1, beta2, eps, weight_decay, lam = (float(number) for number in numbers)
+    s, m1, m2 = (tensor.double() for tensor in (before.scores, before.exp_avg, before.exp_avg_sq))
+    t = before.step.item()
+    g = grad + lam * Sigmoid().slope(s, beta)
+    s = s - lr * weight_decay * s
+    m1, m2 = beta1 * m1 + (1 - beta1) * g, beta2 * m2 + (1 - beta2) * g * g
+    return s - lr / (1 - beta1**t) * m1 / ((m2 / (1 - beta2**t)).sqrt() + eps), m1, m2
+
+
+def worst_step_errors(before: Stepped, after: Stepped, grad: Tensor, grad_error: Tensor | float) -> dict[str, float]:
+    """For everything that a step by STEP writes: its largest error as a multiple of the allowed one. Truth is AdamW in
+    fp64 on the scores' gradient ``grad``, whose own error may be ``grad_error``; allowed is its first-order propagation
+    and a few roundings per operation, and for bf16 moments one unit in the last place, as rounding goes both ways. The
+    effective weight and the penalty are held to the scores that were written."""
+    u = UNIT_ROUNDOFF[torch.float32]
+    lr, beta1, beta2, eps, _, lam = (float(number) for number in STEP)
+    t = before.step.item()
+    scores, exp_avg, exp_avg_sq = adamw_in_fp64(before, grad, STEP_BETA, STEP)
+    size = grad.abs() + lam * Sigmoid().slope(before.scores.double(), STEP_BETA)
+    error = grad_error + 16 * u * size
+    first_error = (1 - beta1) * error + 4 * u * (before.exp_avg.double().abs() + (1 - beta1) * size)
+    second_error = (1 - beta2) * 2 * size * error + 6 * u * exp_avg_sq
+    denominator = (exp_avg_sq / (1 - beta2**t)).sqrt() + eps
+    update = lr / (1 - beta1**t) * exp_avg.abs() / denominator
+    score_error = (
+        lr / (1 - beta1**t) * first_error / denominator + update * (second_error / (2 * exp_avg_sq) + 6 * u)
+        + 4 * u * (before.scores.double().abs() + update)
+    )  # fmt: skip
+    unit = 0.0 if before.exp_avg.dtype == torch.float32 else 2 * UNIT_ROUNDOFF[before.exp_avg.dtype]
+    checks = {
+        "scores": (after.scores, scores, score_error),
+        "exp_avg": (after.exp_avg, exp_avg, first_error + unit * exp_avg.abs()),
+        "exp_avg_sq": (after.exp_avg_sq, exp_avg_sq, second_error + unit * exp_avg_sq),
+        "weight": (after.weight, before.weight.double(), torch.zeros_like(scores)),
+    }
+    if after.slot is not None:
+        m = Sigmoid().value(after.scores.double(), NEXT_BETA)
+        w_eff = after.weight.double() * m
+        tiny = 2.0**-24 if after.slot[0].dtype == torch.float16 else 0.0
+        bound = (4 * UNIT_ROUNDOFF[after.slot[0].dtype] + 32 * u) * w_eff.abs() + tiny
+        checks["w_eff"] = (after.slot[0], w_eff, bound)
+        checks["penalty"] = (after.slot[1], m.sum(), 16 * u * m.sum())
+    worst = {}
+    for name, (got, true, bound) in checks.items():
+        error = (got.double() - true).abs()
+        ratio = torch.where(error == 0, torch.zeros_like(error), error / bound)
+        worst[name] = float("inf") if bool(ratio.isnan().any()) else ratio.amax().item() if ratio.numel() else 0.0
+    return worst

@@ -15,7 +15,15 @@ if TritonBackend._is_interpreted():
 
 import triton
 
-from subnet_kernels.backends.triton import convolution, elementwise, mask_adamw, masked_product, score_gradient, units
+from subnet_kernels.backends.triton import (
+    convolution,
+    elementwise,
+    linear_step,
+    mask_adamw,
+    masked_product,
+    score_gradient,
+    units,
+)
 from tests.kernels.triton_ahead import ARCHS, MASKED, ODD, SHARED_LIMIT, builds, compile_ahead, read_table
 
 BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
@@ -26,7 +34,7 @@ BUILDS = {f"{build.name} {build.dtype}": build for build in builds()}
 def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, arch):
     build = BUILDS[name]
     row = compile_ahead(build, arch)
-    assert row.spilled_bytes == 0 or ODD in build.label, row
+    assert row.spilled_bytes == 0 or (ODD in build.label and build.kernel is not linear_step.linear_step_kernel), row
     assert row.shared_bytes <= SHARED_LIMIT[arch] and not row.is_serialised, row
     if build.is_gemm:
         wgmma = "wgmma from registers" if row.kernel.startswith(MASKED) else "wgmma from shared memory"
@@ -39,7 +47,7 @@ def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, 
 
 
 def test_no_kernel_is_left_out():
-    modules = (convolution, elementwise, mask_adamw, masked_product, score_gradient, units)
+    modules = (convolution, elementwise, linear_step, mask_adamw, masked_product, score_gradient, units)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert written == {build.kernel.__name__ for build in BUILDS.values()}
 

@@ -22,6 +22,7 @@ from subnet_kernels.backends.triton import (
     configs,
     convolution,
     elementwise,
+    linear_step,
     mask_adamw,
     masked_product,
     score_gradient,
@@ -34,6 +35,7 @@ ARCHS = (80, 90)
 ODD = "odd sizes"  # no size or stride is known to be a multiple of 16
 AUTOCAST = "fp32 weight"
 CHANNELS_LAST = "channels_last"
+BF16_MOMENTS = "bf16 moments"
 MASKED = ("masked_product_kernel", "masked_conv_kernel")  # their left operand is the masked weight, in registers
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 TL_NAMES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
@@ -124,10 +126,7 @@ def builds() -> Iterator[Build]:
                     coarse = {**constants, "IS_COARSE": True}
                     yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
             yield from _convolutions(dtype, label, {**product, "x_column": None})
-        adamw = {**flat, "KIND": 0, "READS_LR": False, "READS_LAM": False, "WRITES": True}
-        yield Build(mask_adamw.mask_adamw_kernel, "", dtype, {**adamw, "READS_LAM": True}, warps)
-        many = {**adamw, "W_DTYPE": tl, "O_DTYPE": tl, "IS_ALIGNED": True}
-        yield Build(mask_adamw.mask_adamw_of_many_kernel, "", dtype, many, warps)
+        yield from _steps(dtype)
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
     for reads_lam in (False, True):
@@ -135,6 +134,32 @@ def builds() -> Iterator[Build]:
         constants = {**flat, "KIND": 0, "READS_LAM": reads_lam}
         yield Build(elementwise.add_penalty_grad_kernel, label, "fp32", constants, warps)
     yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
+
+
+def _steps(dtype: str) -> Iterator[Build]:
+    """The optimizer's kernels: on the scores' gradients, and, with bf16 moments, on those of effective weights; and
+    inside the score gradient's product, with moments of both dtypes."""
+    flat, warps, tl = {"BLOCK": configs.ELEMENTWISE.block}, configs.ELEMENTWISE.num_warps, TL_NAMES[dtype]
+    adamw = {"KIND": 0, "READS_LR": False, "READS_LAM": False, "WRITES": True}
+    many = {**flat, **adamw, "W_DTYPE": tl, "O_DTYPE": tl, "IS_ALIGNED": True}
+    for of_w_eff, label, m_dtype in ((False, "", "fp32"), (True, f"of w_eff, {BF16_MOMENTS}", "bf16")):
+        of = {"OF_W_EFF": of_w_eff, "HAS_PENALTY": of_w_eff}
+        yield Build(mask_adamw.mask_adamw_kernel, label, dtype, {**flat, **adamw, **of, "READS_LAM": True}, warps)
+        dtypes = {"G_DTYPE": tl if of_w_eff else TL_NAMES["fp32"], "M_DTYPE": TL_NAMES[m_dtype]}
+        yield Build(mask_adamw.mask_adamw_of_many_kernel, label, dtype, {**many, **of, **dtypes}, warps)
+    if dtype == "fp32":  # its products go to the vendor
+        return
+    adamw["HAS_PENALTY"] = True
+    product = {"PRECISION": "ieee", "UPCAST": False, "x_column": 1, "grad_out_column": 1}
+    for moments in ("", BF16_MOMENTS) if dtype == "bf16" else (BF16_MOMENTS,):
+        yield Build(linear_step.step_of_parts_kernel, moments, dtype, {**flat, **adamw}, warps)
+        tiles = [(config, "") for config in configs.LINEAR_STEP]
+        if dtype == "bf16":
+            tiles += [(config, special) for config in configs.LINEAR_STEP_SMALL for special in (ODD, AUTOCAST)]
+        for config, special in tiles:
+            constants = {**adamw, **product, **_tile(config, "BN", "BK", "BM")}
+            labels = _size(config), special, moments
+            yield _gemm(linear_step.linear_step_kernel, labels, dtype, constants, config)
 
 
 def _convolutions(dtype: str, label: str, product: dict[str, Any]) -> Iterator[Build]:
@@ -212,6 +237,10 @@ def _type_of(name: str, build: Build) -> str:
         return "fp32"
     if name == "scale" or (name == "per_score" and "HAS_PENALTY" in build.constants):
         return "fp32"
+    if name in ("exp_avg", "exp_avg_sq") and BF16_MOMENTS in build.label:
+        return "*bf16"
+    if name == "grads" and build.constants["OF_W_EFF"]:
+        return "*" + build.dtype
     if name in _POINTERS:
         if name in ("weight", "grad_weight") and AUTOCAST in build.label:
             return "*fp32"

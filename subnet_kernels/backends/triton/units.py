@@ -36,7 +36,8 @@ def effective_weight_unit_kernel(
     inside = at < num
     where = score_index(at, size_1, size_2, size_3, group_0, group_1, group_2, group_3)
     score = tl.load(scores + where, mask=inside, other=0.0)
-    write_masked(weight, score, w_eff, partials + block, at, inside, tl.load(beta), KIND)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + block, write_masked(w, score, w_eff, at, inside, tl.load(beta), KIND))
 
 
 @triton.jit
