@@ -97,7 +97,8 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One op alone over weights of these shapes: elementwise, or the product of num_tokens rows in "score_gradient"."""
+    """One op alone over weights of these shapes: elementwise, or with the product of num_tokens rows ("score_gradient",
+    "linear_step")."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
@@ -107,7 +108,7 @@ class KernelCase:
 
     @property
     def name(self) -> str:
-        rows = f"_m{self.num_tokens}" if self.op == "score_gradient" else ""
+        rows = f"_m{self.num_tokens}" if self.op in ("score_gradient", "linear_step") else ""
         return f"{self.op}_{self.label or 'x'.join(map(str, self.shapes[0]))}{rows}_{self.dtype}"
 
     @property
@@ -177,6 +178,13 @@ KERNEL_CASES = [
 SCORE_GRADIENT_CASES = [  # of a GPU
     KernelCase("score_gradient", (shape,), "bf16", num_tokens=m)
     for shape, m in (((4096, 11008), 4096), ((768, 3072), 1024), ((768, 3072), 10240), ((512, 128), 10240))
+]  # fmt: skip
+LINEAR_STEP_CASES = [  # of a GPU
+    KernelCase("linear_step", (shape,), "bf16", num_tokens=m)
+    for shape, m in (
+        ((768, 3072), 1024), ((768, 3072), 10240), ((4096, 11008), 1024), ((4096, 11008), 4096), ((512, 128), 10240),
+        ((8192, 28672), 16384),
+    )
 ]  # fmt: skip
 OVERHEAD_CASES = [LayerCase((8, 8), (8, 8), "fp32")]
 QUICK = (

@@ -1,4 +1,4 @@
-"""What gpu_check checks: the reference on the GPU, and the multi-tensor kernel of effective weights, against fp64.
+"""What gpu_check checks: the reference on the GPU, effective weights, products and steps of the kernels, against fp64.
 
 Every check draws fresh inputs from the seed it is given (the report names it), poisons the outputs with NaN and returns
 its worst error as a multiple of the allowed one (testing.error_bound): above 1 it failed.
@@ -7,6 +7,7 @@ its worst error as a multiple of the allowed one (testing.error_bound): above 1 
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subnet_kernels import BackendRefused, testing, use_backend
+from subnet_kernels.backends.triton import TritonBackend
 from subnet_kernels.masks import MaskKind, as_kind
 from subnet_kernels.ops.effective_weight import effective_weights_raw
 
@@ -107,6 +109,59 @@ def conv_cases(dtype: torch.dtype, seed: int, device: str, is_large: bool) -> di
         )
         for label, (x, weight, rest) in geometries.items() for layout in ("", ", channels_last")
     }  # fmt: skip
+
+
+def step_checks(
+    device: str, seed: int, is_large: bool = True, dtypes: Collection[str] = tuple(DTYPES)
+) -> Iterator[Check]:
+    """The optimizer's step on the Triton backend: on gradients of scores and of effective weights, and inside a linear
+    layer's score gradient, whole and in parts; moments in fp32 and bf16; odd, transposed and empty weights."""
+    from subnet_kernels.backends.triton import rules
+
+    backend, kind = TritonBackend(), as_kind("sigmoid")
+    beta, next_beta = (torch.tensor(value, device=device) for value in (testing.STEP_BETA, testing.NEXT_BETA))
+    lam = torch.tensor(0.37, device=device)
+    sizes = {"1x1x1": (1, 1, 1), "33x257x130": (33, 257, 130), "transposed": (70, 48, 80), "empty batch": (0, 11, 13)}
+    if is_large:
+        sizes |= {"768x3072, M 1024": (1024, 768, 3072), "512x128, M 5000": (5000, 512, 128)}
+
+    def randn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def take(state: testing.Stepped) -> tuple[Any, ...]:
+        return state.scores, state.exp_avg, state.exp_avg_sq, state.step, state.weight, state.slot
+
+    cases = [(name, moments, label) for name in dtypes for moments in ("fp32", "bf16") for label in sizes]
+    for name, moments, label in cases:
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype, (m, n, k) = DTYPES[name], sizes[label]
+        before = testing.stepped((n, k), 4, dtype, DTYPES[moments], dtype, seed, device)
+        if label == "transposed":
+            before = before.map(lambda t: t.t().contiguous().t())
+        grad_out, x = randn((m, n), dtype), randn((m, k), dtype)
+        rows = (k, n) if label == "transposed" else (n, k)
+        is_plain = n % 16 == 0 and k % 16 == 0
+        is_fused = bool(m) and rules.linear_step(dtype, m, *rows, is_plain, rules.chip(x.device)) is not None
+        after = before.map(lambda t: t)
+        backend.linear_step_(grad_out, x, lam, *take(after), beta, next_beta, kind, testing.STEP)
+        stored = 0.0 if is_fused or dtype == torch.float32 else testing.UNIT_ROUNDOFF[dtype]
+        grad = testing.linear_grad_of_step(before, grad_out, x, lam.item(), stored)
+        how = "inside its product" if is_fused else "after its product"
+        worst = max(testing.worst_step_errors(before, after, *grad).values())
+        yield f"triton, linear step {how}, {label}, {name}, moments {moments}", worst
+        again = before.map(lambda t: t)
+        backend.linear_step_(grad_out, x, lam, *take(again), beta, next_beta, kind, testing.STEP)
+        is_same = all(torch.equal(a, b) for a, b in zip(after.written(), again.written(), strict=True))
+        yield f"triton, linear step {how}, {label}, {name}, moments {moments}, twice", 0.0 if is_same else float("inf")
+        for of_w_eff in (False, True):
+            after, grad_dtype = before.map(lambda t: t), dtype if of_w_eff else torch.float32
+            given = torch.empty_like(before.weight, dtype=grad_dtype).copy_(randn((n, k), grad_dtype))
+            lists = ([tensor] for tensor in (after.scores, given, *take(after)[1:]))
+            backend.mask_adamw_(*lists, beta, next_beta, kind, testing.STEP, [lam] if of_w_eff else None)
+            grad = testing.grad_of_step(before, given, 0.0, lam.item()) if of_w_eff else (given.double(), 0.0)
+            worst = max(testing.worst_step_errors(before, after, *grad).values())
+            of = "effective weights" if of_w_eff else "scores"
+            yield f"triton, step on gradients of {of}, {label}, {name}, moments {moments}", worst
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, offset: int = 0) -> Tensor:
@@ -231,7 +286,8 @@ def main() -> int:
     the Triton backend, error as a multiple of the allowed one; 1 if one is above 1."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     worst = 0.0
-    for name, ratio in triton_checks(device, 0, is_large=device == "cuda"):
+    is_large = device == "cuda"
+    for name, ratio in itertools.chain(triton_checks(device, 0, is_large), step_checks(device, 0, is_large)):
         print(f"{ratio:6.3f}  {name}", flush=True)
         worst = max(worst, ratio)
     return 0 if worst <= 1 else 1

@@ -62,6 +62,7 @@ def correctness(check: Check) -> None:
     check.say("  triton backend")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_correctness.triton_checks(check.device, check.seed))
+        check.take(gpu_correctness.step_checks(check.device, check.seed))
     check.take(gpu_correctness.effective_weights_checks("triton", check.device, check.seed))
     check.take(gpu_correctness.graph_check("triton", check.device, check.seed))
 
@@ -196,6 +197,17 @@ def linear(check: Check) -> None:
         _layers(check, chosen, _settings(check, *(("compile",) if wants else ())))
 
 
+def stretch(check: Check) -> None:
+    """The step in the backward pass (variant F) beside ours apart (B): alone, then in steps of linear layers."""
+    if check.device == "cpu":
+        return check.skip("steps in the backward pass", "dry run: a GPU backend has them")
+    settings = _settings(check, "compile")
+    _kernels(check, cases.LINEAR_STEP_CASES, settings)
+    ours = ("ours", "ours_in_backward", "ours_in_backward_bf16")
+    chosen = [c for c in cases.GPU_LINEAR_CASES if c.dtype == "bf16" and c.x_shape[0] >= 1024]
+    _layers(check, chosen, replace(settings, ours=ours, phases=("step",)))
+
+
 def gpt2(check: Check) -> None:
     """A step of GPT-2 small; compiled at the smaller batch."""
     if check.device == "cpu":
@@ -283,6 +295,7 @@ PARTS = (
     Part("ceilings", ceilings, 10, 30),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
+    Part("stretch", stretch, 20, 120),
     Part("gpt2", gpt2, 40, 150),
     Part("resnet", resnet, 40, 90),
     Part("profile", profile, 40, 60),
@@ -297,6 +310,7 @@ def sanitizer_script(seed: int) -> int:
     checks = [
         *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
         *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
+        *gpu_correctness.step_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
     ]
     worst = max(ratio for _, ratio in checks)
     print(f"worst error {worst:.3g} of the allowed one")

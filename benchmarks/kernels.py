@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import subnet_kernels
-from subnet_kernels.backends.base import Backend, Call
+from subnet_kernels.backends.base import AdamW, Backend, Call
 from subnet_kernels.dispatch import choose, choose_for
 from subnet_kernels.masks import as_kind
 from subnet_kernels.ops.effective_weight import effective_weights_raw
-from subnet_kernels.testing import error_bound
+from subnet_kernels.testing import Stepped, adamw_in_fp64, error_bound, grad_of_step
 
 from .cases import BETA, DTYPES, LAM, KernelCase
 
@@ -70,6 +70,8 @@ def make_problem(case: KernelCase, device: str) -> Problem:
     dtype = DTYPES[case.dtype]
     if case.op == "score_gradient":
         return _score_gradient(case, device)
+    if case.op == "linear_step":
+        return _linear_step(case, device)
     weights, scores = [], []
     for shape in case.shapes:
         weights.append(torch.randn(shape, generator=generator).to(device, dtype))
@@ -204,6 +206,83 @@ def _score_gradient(case: KernelCase, device: str) -> Problem:
         functions["ours_fused"] = lambda: ours(functools.partial(backend.linear_grad_scores, is_fused=True))
     num_bytes = (m * n + m * k + n * k) * dtype.itemsize + n * k * 8
     return Problem(functions, truth, num_bytes, lambda i: dtype, f"backend {backend.name}", 2.0 * m * n * k)
+
+
+def _linear_step(case: KernelCase, device: str) -> Problem:
+    """grad_out[M, N]^T @ x[M, K], the score gradient, AdamW, and the next effective weight with the sum of its mask:
+    inside the product as far as dispatch takes it there (variant F) or wherever it is built, in two passes (B), and the
+    product alone. Each steps scores of its own."""
+    generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[case.dtype]
+    (n, k), m = case.shapes[0], case.num_tokens
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    grad_out, x, weight, scores = randn(m, n), randn(m, k), randn(n, k), randn(n, k, dtype=torch.float32)
+    beta, lam = torch.tensor(BETA, device=device), torch.tensor(LAM, device=device)
+    backend = choose_for("mask_adamw", weight, scores, KIND.name, dtype)
+    numbers = AdamW(1e-4, 0.9, 0.999, 1e-8, 0.01, lam)
+
+    def state(moment_dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        moments = [torch.zeros_like(scores, dtype=moment_dtype) for _ in range(2)]
+        return scores.clone(), *moments, torch.zeros_like(beta), torch.empty_like(weight), torch.zeros_like(beta)
+
+    def expression(g: Tensor, x: Tensor, w: Tensor, s: Tensor, m1: Tensor, m2: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.sigmoid(beta * s)
+        grad = (g.t().mm(x).float() * w + lam) * (beta * mask * (1 - mask))
+        s = s * (1 - numbers.lr * numbers.weight_decay)
+        m1, m2 = m1 + (1 - numbers.beta1) * (grad - m1), numbers.beta2 * m2 + (1 - numbers.beta2) * grad * grad
+        size = (m2 / (1 - numbers.beta2**t)).sqrt() + numbers.eps
+        s = s - numbers.lr / (1 - numbers.beta1**t) * m1 / size
+        mask = torch.sigmoid(beta * s)
+        return s, m1, m2, (w * mask).to(w.dtype), mask.sum()
+
+    fast = compiled(expression)
+
+    def plain(function: Callable[..., tuple[Tensor, ...]], own: tuple[Tensor, ...]) -> Results:
+        s, m1, m2, t, w_eff, penalty = own
+        t += 1
+        for old, new in zip((s, m1, m2, w_eff, penalty), function(grad_out, x, weight, s, m1, m2, t), strict=True):
+            old.copy_(new)
+        return [s, m1]
+
+    def in_backward(own: tuple[Tensor, ...], **options: bool) -> Results:
+        s, m1, m2, t, *slot = own
+        t += 1
+        backend.linear_step_(
+            grad_out, x, None, s, m1, m2, t, weight, (slot[0], slot[1]), beta, beta, KIND, numbers, **options
+        )
+        return [s, m1]
+
+    def apart(own: tuple[Tensor, ...]) -> Results:
+        s, m1, m2, t, *slot = own
+        t += 1
+        grad, _ = backend.linear_grad_scores(grad_out, x, None, weight, s, beta, KIND, True, False)
+        assert grad is not None
+        backend.mask_adamw_([s], [grad], [m1], [m2], [t], [weight], [(slot[0], slot[1])], beta, beta, KIND, numbers)
+        return [s, m1]
+
+    def truth(i: int) -> Triple:
+        before = Stepped(scores, *state()[1:3], torch.ones_like(beta), weight, None)
+        grad, _ = grad_of_step(before, grad_out.double().t() @ x.double(), 0.0, 0.0)
+        s, m1, _ = adamw_in_fp64(before, grad, BETA, numbers)
+        return (s, s.abs(), True) if i == 0 else (m1, m1.abs(), True)
+
+    own = {name: state() for name in ("eager", "compile", "ours", "ours_flat", "ours_fused")}
+    own_bf16 = state(torch.bfloat16)
+    functions: dict[str, Callable[[], Results]] = {
+        "eager": lambda: plain(expression, own["eager"]), "compile": lambda: plain(fast, own["compile"]),
+        "mm": lambda: [grad_out.t().mm(x)],
+        "ours": lambda: in_backward(own["ours"]), "ours_bf16": lambda: in_backward(own_bf16),
+        "ours_flat": lambda: apart(own["ours_flat"]),
+    }  # fmt: skip
+    if backend.name == "triton":
+        functions["ours_fused"] = lambda: in_backward(own["ours_fused"], is_fused=True)
+    num_bytes = (m * n + m * k) * dtype.itemsize + n * k * (24 + 2 * dtype.itemsize)
+    return Problem(
+        functions, truth, num_bytes, lambda i: torch.float32 if i == 0 else dtype, f"backend {backend.name}",
+        2.0 * m * n * k,
+    )  # fmt: skip
 
 
 def _mask(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor, backend: Backend) -> Problem:

@@ -253,7 +253,8 @@ def run_memory(case: LayerCase, settings: Settings, ceilings: Ceilings) -> list[
 def run_kernel(case: KernelCase, settings: Settings, ceilings: Ceilings) -> list[Row]:
     """Rows of one op alone."""
     problem = kernels.make_problem(case, settings.device)
-    wanted = ("eager", "mm", "ours", "ours_buffer", "ours_fused", "ours_flat", *settings.baselines)  # gates need eager
+    ours = ("ours", "ours_buffer", "ours_fused", "ours_flat", "ours_bf16")
+    wanted = ("eager", "mm", *ours, *settings.baselines)  # gates need eager
     problem.functions = {name: f for name, f in problem.functions.items() if name in wanted}
     worst = kernels.gate(problem, settings.broke(case.name))
     functions = dict(problem.functions)

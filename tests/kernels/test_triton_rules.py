@@ -45,6 +45,23 @@ def test_the_score_gradient_goes_to_the_vendor_where_the_product_outweighs_the_s
         assert config in configs.SCORE_GRADIENT_SMALL[2]
 
 
+def test_a_linear_step_weighs_what_the_score_gradient_does_and_takes_tiles_of_its_own(table):
+    config, parts = rules.linear_step(BF16, 1024, 4096, 11008, True, rules.H200)
+    assert config is configs.LINEAR_STEP[0] and parts == 1
+    fused, vendor = model_us(config, 1024, 4096, 11008), 2 * 1024 * 4096 * 11008 / 788e6
+    assert vendor < fused < vendor + 4 * 4096 * 11008 / 4.3e6 + 2  # slower, but it stores no product
+    assert rules.linear_step(BF16, 4096, 4096, 11008, True, rules.H200) is None
+    assert rules.fastest_linear_step(BF16, 4096, 4096, 11008, True, rules.H200) == (configs.LINEAR_STEP[0], 1)
+    assert rules.linear_step(torch.float32, 1024, 4096, 11008, True, rules.H200) is None
+    config, parts = rules.linear_step(BF16, 256, 512, 128, True, rules.H200)
+    assert config in configs.LINEAR_STEP and parts == 1
+    assert rules.fastest_linear_step(BF16, 10240, 512, 128, True, rules.H200)[1] > 1
+    assert rules.linear_step(BF16, 64, 768, 768, False, rules.H200)[0] in configs.LINEAR_STEP_SMALL
+    tile = configs.Gemm(64, 64, 64, 4, 4, "")
+    table(entry("score_gradient", 1024, 4096, 11008, 200.0, 100.0, tile))
+    assert rules.linear_step(BF16, 1024, 4096, 11008, True, rules.H200) is None
+
+
 def test_a_masked_product_takes_the_tile_that_holds_all_rows_unless_half_of_the_chip_would_be_empty():
     def columns(m, n, k, dtype=BF16, weight_dtype=BF16):
         return rules.masked_product(dtype, m, n, k, weight_dtype, rules.H200).columns

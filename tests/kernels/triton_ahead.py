@@ -239,7 +239,7 @@ def _type_of(name: str, build: Build) -> str:
         return "fp32"
     if name in ("exp_avg", "exp_avg_sq") and BF16_MOMENTS in build.label:
         return "*bf16"
-    if name == "grads" and build.constants["OF_W_EFF"]:
+    if name == "grads" and build.constants.get("OF_W_EFF"):
         return "*" + build.dtype
     if name in _POINTERS:
         if name in ("weight", "grad_weight") and AUTOCAST in build.label:

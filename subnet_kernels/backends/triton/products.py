@@ -200,9 +200,10 @@ class TritonKernels(TritonElementwise):
     def linear_step_(
         self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, scores: Tensor, exp_avg: Tensor,
         exp_avg_sq: Tensor, step: Tensor, weight: Tensor, slot: tuple[Tensor, Tensor] | None, beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW, is_fused: bool = False,
     ) -> None:
-        rest = step, slot, beta, next_beta, kind, numbers
+        """is_fused: inside the product wherever a kernel for that is built, also where the rules would not."""
+        rest = step, slot, beta, next_beta, kind, numbers, is_fused
         stepped = (scores, exp_avg, exp_avg_sq, weight, weight if slot is None else slot[0])
         is_stepped = False
         if x.numel() and weight.numel() and grad_out.dtype == x.dtype:
@@ -219,12 +220,14 @@ class TritonKernels(TritonElementwise):
     def _linear_step(
         self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, stepped: tuple[Tensor, ...], step: Tensor,
         slot: tuple[Tensor, Tensor] | None, beta: Tensor, next_beta: Tensor, kind: MaskKind, numbers: AdamW,
+        must_fuse: bool,
     ) -> bool:
         """linear_step_ on contiguous scores, moments, weight and effective weight; False, and nothing done, where the
         vendor's product and one pass are the faster way."""
         (m, n), k, weight = grad_out.shape, x.shape[1], stepped[3]
         is_plain = weight.dtype == x.dtype and n % 16 == 0 and k % 16 == 0
-        chosen = rules.linear_step(x.dtype, m, n, k, is_plain, rules.chip(x.device))
+        choose = rules.fastest_linear_step if must_fuse and x.dtype.itemsize == 2 else rules.linear_step
+        chosen = choose(x.dtype, m, n, k, is_plain, rules.chip(x.device))
         if chosen is None:
             return False
         config, num_parts = chosen
