@@ -779,3 +779,22 @@ def test_linear_steps_repeat_bit_for_bit_and_change_the_versions_of_what_they_wr
         assert is_new == [True] * 5 + [False]
         assert all(torch.equal(a, b) and not a.isnan().any() for a, b in
                    zip(run_.written(), runs[0].written(), strict=True))  # fmt: skip
+
+
+def test_what_benchmarks_time_as_a_step_in_the_backward_pass_is_that_step():
+    from benchmarks import cases, contenders, kernels
+
+    with sk.use_backend("triton"):
+        problem = kernels.make_problem(cases.KernelCase("linear_step", ((48, 64),), "bf16", num_tokens=70), DEVICE)
+        del problem.functions["compile"]
+        worst = kernels.gate(problem)
+        assert set(worst) == {"eager", "ours", "ours_bf16", "ours_flat", "ours_fused"} and max(worst.values()) <= 1
+        case = cases.LayerCase((48, 64), (40, 64), "bf16")
+        for in_backward, bound in ((contenders.OursInBackward, 1e-7), (contenders.OursInBackwardBf16, 3e-6)):
+            ours, apart = in_backward(case.build(DEVICE)), contenders.Ours(case.build(DEVICE))
+            for _ in range(3):
+                ours.step()
+                apart.step()
+            assert torch.equal(ours.x.grad, apart.x.grad)
+            assert (ours.trained - apart.trained).abs().max() <= bound
+            assert (ours.trained - case.build(DEVICE).scores).abs().mean() > 1e-4
