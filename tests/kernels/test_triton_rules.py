@@ -56,7 +56,7 @@ def test_a_linear_step_weighs_what_the_score_gradient_does_and_takes_tiles_of_it
     config, parts = rules.linear_step(BF16, 256, 512, 128, True, rules.H200)
     assert config in configs.LINEAR_STEP and parts == 1
     assert rules.fastest_linear_step(BF16, 10240, 512, 128, True, rules.H200)[1] > 1
-    assert rules.linear_step(BF16, 64, 768, 768, False, rules.H200)[0] in configs.LINEAR_STEP_SMALL
+    assert rules.linear_step(BF16, 64, 768, 768, False, rules.H200)[0] in configs.LINEAR_STEP_ODD
     tile = configs.Gemm(64, 64, 64, 4, 4, "")
     table(entry("score_gradient", 1024, 4096, 11008, 200.0, 100.0, tile))
     assert rules.linear_step(BF16, 1024, 4096, 11008, True, rules.H200) is None

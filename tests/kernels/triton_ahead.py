@@ -153,9 +153,10 @@ def _steps(dtype: str) -> Iterator[Build]:
     product = {"PRECISION": "ieee", "UPCAST": False, "x_column": 1, "grad_out_column": 1}
     for moments in ("", BF16_MOMENTS) if dtype == "bf16" else (BF16_MOMENTS,):
         yield Build(linear_step.step_of_parts_kernel, moments, dtype, {**flat, **adamw}, warps)
-        tiles = [(config, "") for config in configs.LINEAR_STEP]
+        specials = ("", AUTOCAST) if dtype == "bf16" else ("",)
+        tiles = [(config, special) for config in configs.LINEAR_STEP for special in specials]
         if dtype == "bf16":
-            tiles += [(config, special) for config in configs.LINEAR_STEP_SMALL for special in (ODD, AUTOCAST)]
+            tiles += [(config, ODD) for config in configs.LINEAR_STEP_ODD]
         for config, special in tiles:
             constants = {**adamw, **product, **_tile(config, "BN", "BK", "BM")}
             labels = _size(config), special, moments

@@ -53,7 +53,7 @@ LINEAR_STEP = (  # 16-bit operands
     Gemm(64, 128, 64, 4, 3, "two blocks a processor: one may step while the other multiplies"),
     Gemm(64, 64, 64, 4, 4, "small weights"),
 )
-LINEAR_STEP_SMALL = (Gemm(64, 128, 64, 8, 3, "fp32 weights under autocast, rows of odd length: the others spill"),)
+LINEAR_STEP_ODD = (Gemm(64, 128, 64, 8, 3, "rows of odd length: the others spill"),)
 
 MASKED_PRODUCT = {
     16: Gemm(64, 16, 64, 4, 4, "rows: of weight; columns: rows of x; the masked weight is the register operand"),

@@ -35,9 +35,10 @@ def linear_step_kernel(
     scalars = step_scalars(step, numbers, lr, lam, READS_LR, READS_LAM)
     if HAS_PENALTY:
         scalars = with_penalty(scalars, tl.load(grad_penalty))
-    product, rows, columns = token_product(
-        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, 0, m, PRECISION, UPCAST, BN, BK, BM
-    )
+    product, rows, _, is_row, _ = token_product(
+        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, 0, tl.cdiv(m, BM), PRECISION, UPCAST, BN,
+        BK, BM,
+    )  # fmt: skip
     left, right = halves(product)
     first, second = halves(left)
     third, fourth = halves(right)
@@ -49,7 +50,7 @@ def linear_step_kernel(
         columns = first_column + i * CUT + tl.arange(0, CUT)
         mask_sum += adamw_block(
             cuts[i], scores, exp_avg, exp_avg_sq, weight, w_eff, rows.to(tl.int64)[:, None] * k + columns[None, :],
-            (rows < n)[:, None] & (columns < k)[None, :], scalars, numbers, beta, next_beta, True, WRITES, KIND,
+            is_row & (columns < k)[None, :], scalars, numbers, beta, next_beta, True, WRITES, KIND,
         )  # fmt: skip
     if WRITES:
         tl.store(partials + tl.program_id(0), mask_sum)

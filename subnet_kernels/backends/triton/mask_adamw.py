@@ -48,13 +48,12 @@ def adamw_block(
     t, rate, rate_of_first, root, push = scalars
     not_beta1, beta2, not_beta2, _, _, eps, weight_decay = numbers
     score = tl.load(scores + at, mask=inside, other=0.0)
-    w = score
-    if OF_W_EFF or WRITES:
-        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
     slope = mask_slope(score, tl.load(beta), KIND)
+    w = score  # any value, if nothing needs the weight
     if OF_W_EFF:
+        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         grad = (grad * w + push) * slope
     else:
         grad = grad + push * slope
@@ -72,6 +71,8 @@ def adamw_block(
         tl.store(exp_avg_sq + at, second, mask=inside)
     mask_sum = 0.0
     if WRITES:
+        if not OF_W_EFF:
+            w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         mask_sum = write_masked(w, score, w_eff, at, inside, tl.load(next_beta), KIND)
     return mask_sum
 

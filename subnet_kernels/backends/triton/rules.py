@@ -19,7 +19,7 @@ import torch
 from .configs import (
     CONV_SCORE_GRADIENT,
     LINEAR_STEP,
-    LINEAR_STEP_SMALL,
+    LINEAR_STEP_ODD,
     MASKED_CONV,
     MASKED_CONV_CONTIGUOUS,
     MASKED_PRODUCT,
@@ -169,7 +169,8 @@ def linear_step(
 ) -> tuple[Gemm, int] | None:
     """The same for a linear layer's step inside its score gradient's product. What the optimizer reads and writes is
     the same either way; that one block's step may hide behind another's product is not counted before it is measured.
-    Where the score gradient inside its product was measured to be slower than the vendor's way, so is this."""
+    is_plain: N and K are multiples of 16. Where the score gradient inside its product was measured to be slower than
+    the vendor's way, so is this."""
     if dtype.itemsize != 2:
         return None
     known = measured("score_gradient", dtype, m, n, k, on)
@@ -183,7 +184,7 @@ def fastest_linear_step(
     dtype: torch.dtype, m: int, n: int, k: int, is_plain: bool, on: Chip
 ) -> tuple[Gemm, int]:
     """(tiles, parts) of it that the model finds fastest; of 16-bit operands."""
-    return _fastest(LINEAR_STEP if is_plain else LINEAR_STEP_SMALL, m, n, k, on)
+    return _fastest(LINEAR_STEP if is_plain else LINEAR_STEP_ODD, m, n, k, on)
 
 
 def _fastest(tiles: tuple[Gemm, ...], m: int, n: int, k: int, on: Chip) -> tuple[Gemm, int]:

@@ -30,15 +30,17 @@ def epilogue(
 
 @triton.jit
 def token_product(
-    grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, first, last, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+    grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, part, steps_per_part,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """(grad_out.T @ x over the tokens from first to last, rows, columns) of this program's tile of [N, K]. UPCAST:
-    products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
+    """(grad_out.T @ x over a part of the tokens, rows, columns, whether these are rows and columns of [N, K]) of this
+    program's tile. UPCAST: products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
     num_column_tiles = tl.cdiv(k, BK)
     tile = tl.program_id(0)
     rows = (tile // num_column_tiles) * BN + tl.arange(0, BN)
     columns = (tile % num_column_tiles) * BK + tl.arange(0, BK)
+    first = part * steps_per_part * BM
+    last = tl.minimum(m, first + steps_per_part * BM)
     tokens = first + tl.arange(0, BM)
     is_row, is_column = (rows < n)[:, None], (columns < k)[None, :]
     grad_out += rows.to(tl.int64)[:, None] * grad_out_column + tokens.to(tl.int64)[None, :] * grad_out_row
@@ -57,7 +59,7 @@ def token_product(
         if UPCAST:
             g, v = g.to(tl.float32), v.to(tl.float32)
         product = tl.dot(g, v, product, input_precision=PRECISION)
-    return product, rows, columns
+    return product, rows, columns, is_row, is_column
 
 
 @triton.jit
@@ -70,12 +72,11 @@ def score_gradient_kernel(
     """Program (tile of [N, K], part of the tokens). parts fp32 [num_parts, N, K] is written if IS_SPLIT, else the
     results are."""
     part = tl.program_id(1)
-    first = part * steps_per_part * BM
-    product, rows, columns = token_product(
-        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, first,
-        tl.minimum(m, first + steps_per_part * BM), PRECISION, UPCAST, BN, BK, BM,
+    product, rows, columns, is_row, is_column = token_product(
+        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, part, steps_per_part, PRECISION, UPCAST,
+        BN, BK, BM,
     )  # fmt: skip
-    inside = (rows < n)[:, None] & (columns < k)[None, :]
+    inside = is_row & is_column
     at = rows.to(tl.int64)[:, None] * k + columns[None, :]
     if IS_SPLIT:
         tl.store(parts + part.to(tl.int64) * n * k + at, product, mask=inside)
