@@ -43,11 +43,12 @@ def find_nvcc() -> str | None:
 def object_commands(cxx: list[str], nvcc: str | None, torch_dir: Path, out: Path) -> dict[str, list[str]]:
     """Object file -> the command that makes it."""
     is_x86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
-    defines = (["-DSUBNET_X86"] if is_x86 else []) + (["-DSUBNET_WITH_CUDA"] if nvcc else [])
+    defines = ["-DSUBNET_X86"] if is_x86 else []
     torch_flags = [f"-isystem{torch_dir}/include", f"-isystem{sysconfig.get_path('include')}"]
+    bindings = ["binding", *(["binding_cuda"] if nvcc else [])]
     commands = {
-        f"{out}/binding.o": [*cxx, *CXX_FLAGS, *defines, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_flags,
-                             "-c", "csrc/binding.cpp"],
+        **{f"{out}/{name}.o": [*cxx, *CXX_FLAGS, *defines, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_flags,
+                               "-c", f"csrc/{name}.cpp"] for name in bindings},
         f"{out}/capability.o": [*cxx, *CXX_FLAGS, *defines, "-c", "csrc/cpu/capability.cpp"],
     }  # fmt: skip
     for capability, flags in CPU_CAPABILITIES.items():

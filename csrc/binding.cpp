@@ -1,4 +1,5 @@
-// The one file (with binding_checks.h) that sees PyTorch: checks arguments, fills params.h structs, owns threads and workspace, calls kernels.
+// The CPU's side of PyTorch (binding_cuda.cpp is the GPU's): checks arguments, fills params.h structs, owns threads and
+// workspace, calls kernels. Only the files named binding* see PyTorch.
 //
 // It uses the LibTorch stable ABI only, so that one file serves every PyTorch from 2.11 on. The ops carry no autograd;
 // subnet_kernels/ops/ holds the public functions, which check first and in the user's words.
@@ -17,12 +18,6 @@
 
 #include "binding_checks.h"
 #include "cpu/kernels.h"
-#if defined(SUBNET_WITH_CUDA)
-#include "cuda/effective_weight.h"
-
-// Weak, so that this file also loads into a CPU build of PyTorch, which has no such function.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-#endif
 
 namespace {
 
@@ -40,8 +35,6 @@ void split(int64_t count, int64_t grain, const Body& body) {
   }
   torch::stable::parallel_for(0, count, grain, body);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Uninitialized; small ones live on the stack.
 template <class T, int64_t kOnStack>
@@ -118,20 +111,6 @@ void effective_weight(const Tensor& weight, const Tensor& scores, const Tensor& 
   const char* op = "effective_weight";
   float* to = scalar_of(op, "penalty", penalty, cpu());
   *to = effective_weight_of(op, weight, scores, *scalar_of(op, "beta", beta, cpu()), kind_of(op, kind), w_eff);
-}
-
-// The lists fit each other and penalties, which is returned.
-View check_lists(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& scores,
-                 const std::vector<Tensor>& w_eff, const Tensor& penalties_, int32_t device_type) {
-  const View penalties = view_of_float32(op, "penalties", penalties_, device_type);
-  const int64_t num = (int64_t)weights.size();
-  STD_TORCH_CHECK(scores.size() == weights.size() && w_eff.size() == weights.size(), op,
-                  ": scores and w_eff must be lists as long as weights (", num, "), got ", scores.size(), " and ",
-                  w_eff.size());
-  STD_TORCH_CHECK(penalties.ndim == 1 && penalties.size[0] == num, op, ": penalties must have shape [", num,
-                  "], got ", text(penalties.ndim, penalties.size));
-  check_has_no_overlap(op, penalties);
-  return penalties;
 }
 
 void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
@@ -578,97 +557,7 @@ void linear_step(const Tensor& grad_out, const std::optional<Tensor>& grad_penal
   if (penalty_at != nullptr) *penalty_at = (float)add_up(params.partials, num_blocks);
 }
 
-// ---- CUDA
-
-#if defined(SUBNET_WITH_CUDA)
-// A chunk of layers: one launch, plus one that adds up their sums.
-void run_cuda(const char* op, subnet::CudaEffectiveWeights& params, Kind kind, const Tensor& like) {
-  const int64_t num_blocks = params.block_begin[params.num_tensors];
-  Tensor partials = torch::stable::new_empty(like, {2 * std::max<int64_t>(num_blocks, 1)},
-                                             torch::headeronly::ScalarType::Float);  // pairs of floats hold doubles
-  params.partials = static_cast<double*>(partials.data_ptr());
-  const int32_t device = like.get_device_index();
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const char* error = subnet::launch_effective_weights(params, kind, device, stream);
-  STD_TORCH_CHECK(error == nullptr, op, ": CUDA refused the launch: ", error);
-}
-
-// Appends a layer to the chunk.
-void add_layer(const char* op, subnet::CudaEffectiveWeights& params, const Tensor& weight_, const Tensor& scores_,
-               const Tensor& w_eff_, int32_t device) {
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  const View weight = view_of(op, "weight", weight_, cuda);
-  const View scores = view_of_float32(op, "scores", scores_, cuda);
-  const View w_eff = view_of(op, "w_eff", w_eff_, cuda);
-  for (const Tensor* tensor : {&weight_, &scores_, &w_eff_}) {
-    STD_TORCH_CHECK(tensor->get_device_index() == device, op, ": all tensors must be on one device");
-  }
-  check_is_dense(op, weight);
-  check_scores(op, scores, weight);
-  check_strides(op, w_eff, weight);
-  check_disjoint(op, w_eff, weight);
-  check_disjoint(op, w_eff, scores);
-  STD_TORCH_CHECK(numel(scores) == numel(weight) && (numel(weight) == 0 || subnet::same_strides(
-                      weight.ndim, weight.size, weight.stride, scores.stride)),
-                  op, ": on CUDA the extension serves scores of weight's shape and strides only, not yet ",
-                  text(scores.ndim, scores.size), " with strides ", text(scores.ndim, scores.stride), " for ",
-                  text(weight.ndim, weight.size), "; use the reference backend");
-  const int at = params.num_tensors++;
-  params.weight[at] = weight.data;
-  params.scores[at] = reinterpret_cast<const float*>(scores.data);
-  params.w_eff[at] = w_eff.data;
-  params.num[at] = numel(weight);
-  params.weight_dtype[at] = (uint8_t)weight.dtype;
-  params.w_eff_dtype[at] = (uint8_t)w_eff.dtype;
-  const int64_t end = params.block_begin[at] + ceil_div(params.num[at], subnet::kCudaBlock);
-  STD_TORCH_CHECK(end <= INT32_MAX, op, ": too many weights for one call; split the list");
-  params.block_begin[at + 1] = (int32_t)end;
-}
-
-void effective_weight_cuda(const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
-                           const Tensor& w_eff, const Tensor& penalty) {
-  const char* op = "effective_weight";
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  subnet::CudaEffectiveWeights params{};
-  params.beta = scalar_of(op, "beta", beta, cuda);
-  params.penalties = scalar_of(op, "penalty", penalty, cuda);
-  const int32_t device = beta.get_device_index();
-  STD_TORCH_CHECK(penalty.get_device_index() == device, op, ": all tensors must be on one device");
-  add_layer(op, params, weight, scores, w_eff, device);
-  run_cuda(op, params, kind_of(op, kind), beta);
-}
-
-void effective_weights_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
-                            int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
-  const char* op = "effective_weights";
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  const int32_t device = beta.get_device_index();
-  const float* beta_at = scalar_of(op, "beta", beta, cuda);
-  const View penalties = check_lists(op, weights, scores, w_eff, penalties_, cuda);
-  STD_TORCH_CHECK(penalties_.get_device_index() == device, op, ": all tensors must be on one device");
-  for (size_t first = 0; first < weights.size(); first += subnet::kCudaTensors) {
-    subnet::CudaEffectiveWeights params{};
-    params.beta = beta_at;
-    params.penalty_stride = penalties.stride[0];
-    params.penalties = reinterpret_cast<float*>(penalties.data) + first * penalties.stride[0];
-    const size_t end = std::min(weights.size(), first + subnet::kCudaTensors);
-    for (size_t i = first; i < end; ++i) add_layer(op, params, weights[i], scores[i], w_eff[i], device);
-    run_cuda(op, params, kind_of(op, kind), beta);
-  }
-}
-#endif
-
 // ---- pack_mask
-
-// A contiguous tensor of bytes (uint8 or bool).
-uint8_t* bytes_of(const char* op, const char* name, const Tensor& tensor, int32_t dtype, const char* dtype_name) {
-  int32_t actual;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &actual));
-  STD_TORCH_CHECK(actual == dtype, op, ": ", name, " must be ", dtype_name);
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() first");
-  return static_cast<uint8_t*>(tensor.data_ptr());
-}
 
 Tensor pack_mask(const Tensor& mask) {
   const char* op = "pack_mask";
@@ -753,13 +642,6 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }
-
-#if defined(SUBNET_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(subnet_native, CUDA, m) {
-  m.impl("effective_weight", TORCH_BOX(&effective_weight_cuda));
-  m.impl("effective_weights", TORCH_BOX(&effective_weights_cuda));
-}
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(subnet_native, CompositeExplicitAutograd, m) {
   m.impl("fused_linear_rows", TORCH_BOX(&fused_linear_rows));

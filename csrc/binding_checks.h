@@ -1,4 +1,4 @@
-// Checks of binding.cpp: what a tensor must be before a kernel sees its pointer. Each refusal says op, argument,
+// Checks of binding.cpp and binding_cuda.cpp: what a tensor must be before a kernel sees its pointer. Each refusal says op, argument,
 // expectation and what came.
 #pragma once
 
@@ -25,13 +25,13 @@ struct View {
   Dtype dtype;
 };
 
-std::string text(int ndim, const int64_t* values) {
+inline std::string text(int ndim, const int64_t* values) {
   std::string out = "[";
   for (int d = 0; d < ndim; ++d) out += (d ? ", " : "") + std::to_string(values[d]);
   return out + "]";
 }
 
-Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
+inline Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   if (dtype == aoti_torch_dtype_float32()) return Dtype::float32;
@@ -41,7 +41,7 @@ Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
   return Dtype::float16;
 }
 
-View view_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+inline View view_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
   int32_t actual;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &actual));
   STD_TORCH_CHECK(actual == device_type, op, ": ", name, " must be on the same device as the other tensors");
@@ -52,43 +52,43 @@ View view_of(const char* op, const char* name, const Tensor& tensor, int32_t dev
           dtype_of(op, name, tensor)};
 }
 
-View view_of_float32(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+inline View view_of_float32(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
   const View view = view_of(op, name, tensor, device_type);
   STD_TORCH_CHECK(view.dtype == Dtype::float32, op, ": ", name, " must be float32");
   return view;
 }
 
 // A 0-d float32 tensor's place.
-float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
+inline float* scalar_of(const char* op, const char* name, const Tensor& tensor, int32_t device_type) {
   const View view = view_of_float32(op, name, tensor, device_type);
   STD_TORCH_CHECK(view.ndim == 0, op, ": ", name, " must be 0-d, got shape ", text(view.ndim, view.size));
   return reinterpret_cast<float*>(view.data);
 }
 
-void check_shape(const char* op, const View& view, const View& like) {
+inline void check_shape(const char* op, const View& view, const View& like) {
   bool is_same = view.ndim == like.ndim;
   for (int d = 0; is_same && d < view.ndim; ++d) is_same = view.size[d] == like.size[d];
   STD_TORCH_CHECK(is_same, op, ": ", view.name, " must have the shape of ", like.name, ", ", text(like.ndim, like.size),
                   ", got ", text(view.ndim, view.size));
 }
 
-int64_t numel(const View& view) { return subnet::count_elements(view.ndim, view.size); }
+inline int64_t numel(const View& view) { return subnet::count_elements(view.ndim, view.size); }
 
 // Bytes from the first to the last element.
-int64_t extent(const View& view) {
+inline int64_t extent(const View& view) {
   if (numel(view) == 0) return 0;
   int64_t last = 0;
   for (int d = 0; d < view.ndim; ++d) last += (view.size[d] - 1) * view.stride[d];
   return (last + 1) * (view.dtype == Dtype::float32 ? 4 : 2);
 }
 
-void check_disjoint(const char* op, const View& out, const View& in) {
+inline void check_disjoint(const char* op, const View& out, const View& in) {
   STD_TORCH_CHECK(out.data + extent(out) <= in.data || in.data + extent(in) <= out.data, op, ": ", out.name,
                   " must not share memory with ", in.name);
 }
 
 // No tensor of `written` shares memory with another one of either list.
-void check_disjoint(const char* op, const std::vector<View>& written, const std::vector<View>& read) {
+inline void check_disjoint(const char* op, const std::vector<View>& written, const std::vector<View>& read) {
   struct Range {
     const View* view;
     bool is_written;
@@ -114,7 +114,7 @@ void check_disjoint(const char* op, const std::vector<View>& written, const std:
   }
 }
 
-void check_is_dense(const char* op, const View& weight) {
+inline void check_is_dense(const char* op, const View& weight) {
   int order[subnet::kMaxDims];
   STD_TORCH_CHECK(numel(weight) == 0 || subnet::storage_order(weight.ndim, weight.size, weight.stride, order) >= 0, op,
                   ": ", weight.name, " must be dense in memory in some order of its dimensions, got shape ",
@@ -122,14 +122,14 @@ void check_is_dense(const char* op, const View& weight) {
                   "; call .contiguous() first");
 }
 
-void check_strides(const char* op, const View& view, const View& weight) {
+inline void check_strides(const char* op, const View& view, const View& weight) {
   check_shape(op, view, weight);
   STD_TORCH_CHECK(numel(weight) == 0 || subnet::same_strides(weight.ndim, weight.size, weight.stride, view.stride), op,
                   ": ", view.name, " must have weight's strides ", text(weight.ndim, weight.stride), ", got ",
                   text(view.ndim, view.stride));
 }
 
-void check_has_no_overlap(const char* op, const View& view) {
+inline void check_has_no_overlap(const char* op, const View& view) {
   int order[subnet::kMaxDims];
   int count = 0;
   for (int d = 0; d < view.ndim; ++d) {
@@ -147,7 +147,7 @@ void check_has_no_overlap(const char* op, const View& view) {
 }
 
 // Each score size divides the weight's: one score governs a block of neighbours along each dimension.
-void check_scores(const char* op, const View& scores, const View& weight) {
+inline void check_scores(const char* op, const View& scores, const View& weight) {
   bool is_valid = scores.ndim == weight.ndim;
   for (int d = 0; is_valid && d < weight.ndim; ++d) {
     const int64_t k = scores.size[d], n = weight.size[d];
@@ -157,11 +157,36 @@ void check_scores(const char* op, const View& scores, const View& weight) {
                   text(weight.ndim, weight.size), ", got ", text(scores.ndim, scores.size));
 }
 
-Kind kind_of(const char* op, int64_t kind) {
+inline Kind kind_of(const char* op, int64_t kind) {
   STD_TORCH_CHECK(kind == 0 || kind == 1, op, ": kind must be 0 (sigmoid) or 1 (hard), got ", kind);
   return static_cast<Kind>(kind);
 }
 
-int32_t cpu() { return aoti_torch_device_type_cpu(); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The lists fit each other and penalties, which is returned.
+inline View check_lists(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& scores,
+                 const std::vector<Tensor>& w_eff, const Tensor& penalties_, int32_t device_type) {
+  const View penalties = view_of_float32(op, "penalties", penalties_, device_type);
+  const int64_t num = (int64_t)weights.size();
+  STD_TORCH_CHECK(scores.size() == weights.size() && w_eff.size() == weights.size(), op,
+                  ": scores and w_eff must be lists as long as weights (", num, "), got ", scores.size(), " and ",
+                  w_eff.size());
+  STD_TORCH_CHECK(penalties.ndim == 1 && penalties.size[0] == num, op, ": penalties must have shape [", num,
+                  "], got ", text(penalties.ndim, penalties.size));
+  check_has_no_overlap(op, penalties);
+  return penalties;
+}
+
+// A contiguous tensor of bytes (uint8 or bool).
+inline uint8_t* bytes_of(const char* op, const char* name, const Tensor& tensor, int32_t dtype, const char* dtype_name) {
+  int32_t actual;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &actual));
+  STD_TORCH_CHECK(actual == dtype, op, ": ", name, " must be ", dtype_name);
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous; call .contiguous() first");
+  return static_cast<uint8_t*>(tensor.data_ptr());
+}
+
+inline int32_t cpu() { return aoti_torch_device_type_cpu(); }
 
 }  // namespace

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import Backend, Call
+from .backends.cuda import CudaBackend
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
@@ -23,7 +24,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu": NativeBackend("cpu"),
     "triton": TritonBackend(),
-    "cuda": NativeBackend("cuda"),
+    "cuda": CudaBackend(),
 }
 _ORDER: dict[str, tuple[Backend, ...]] = {
     "cpu": (BACKENDS["cpu"], BACKENDS["reference"]),

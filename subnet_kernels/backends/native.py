@@ -1,4 +1,4 @@
-"""Our C++ (and CUDA C++) kernels through the extension ``subnet_kernels._C``: backends ``cpu`` and ``cuda``."""
+"""Our C++ kernels through the extension ``subnet_kernels._C``: the backend ``cpu``, and what it shares with cuda.py."""
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ def _is_product_fused(kind: MaskKind, x: Tensor, weight: Tensor, scores: Tensor)
     return weight.numel() >= _FEWEST_FUSED and _is_fused(kind, x, weight, scores)
 
 
-class NativeBackend(Backend):
-    """Vendor matrix products, and our one-pass kernels for everything elementwise. ``name`` is the device type."""
+class ExtensionBackend(Backend):
+    """The elementwise ops that the extension has under one name for CPU and CUDA. ``name`` is the device type."""
+
+    has_mask_adamw = True
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.has_mask_adamw = name == "cpu"
 
     def refuse(self, call: Call) -> str | None:
         if (reason := load_error()) is not None:
@@ -85,15 +86,6 @@ class NativeBackend(Backend):
                 "plan 'fused' is not built here yet (a matrix product with the mask inside); use plan='recompute', "
                 "which keeps as little, or plan='cached'"
             )
-        if self.name == "cuda":
-            if not torch.cuda.is_available():
-                return "torch can use no GPU here"
-            if not has_cuda_kernels():
-                return "the extension was built without CUDA kernels (no nvcc then) or torch has no CUDA"
-            if call.op not in ("effective_weight", "effective_weights"):
-                return f"{call.op} is not built in CUDA C++ yet"
-            if not call.is_same_shape:
-                return "scores coarser than weight are not built in CUDA C++ yet"
         return None
 
     def effective_weight(
@@ -171,6 +163,10 @@ class NativeBackend(Backend):
         if wants_scores and given is not scores:  # back to the strides that the caller's scores have
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
+
+
+class NativeBackend(ExtensionBackend):
+    """Vendor matrix products, and our one-pass kernels for everything elementwise, on a CPU."""
 
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,

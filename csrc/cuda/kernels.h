@@ -1,0 +1,108 @@
+// The interface of the CUDA kernels: plain C++, so that binding_cuda.cpp needs no CUDA header.
+//
+// Every kernel serves many tensors in one launch: the table of addresses is the kernel's argument, so nothing is copied
+// to the device beforehand and a launch can be captured in a CUDA graph. A thread block has kCudaBlock elements of one
+// tensor. beta and everything else that may change between replays is read by the kernel, never by the host.
+// Each launch function enqueues on `stream` of `device` and returns null or CUDA's error text.
+// Idea of the table as an argument: the multi-tensor kernels of NVIDIA's Apex.
+#pragma once
+
+#include "../adamw.h"
+#include "../params.h"
+
+namespace subnet {
+
+constexpr int64_t kCudaBlock = 4096;      // elements per thread block; fixed, so sums depend on sizes only
+
+// Which thread blocks are whose.
+template <int kMost>
+struct CudaBlocks {
+  int64_t num[kMost];                     // elements of each tensor
+  int32_t begin[kMost + 1];               // first thread block of each; the last entry is the grid's size
+  int num_tensors;
+
+  bool is_full() const { return num_tensors == kMost; }
+  // The new tensor's place; -1 if the grid would be too large.
+  int append(int64_t count) {
+    const int64_t end = begin[num_tensors] + (count + kCudaBlock - 1) / kCudaBlock;
+    if (end > INT32_MAX) return -1;
+    num[num_tensors] = count;
+    begin[num_tensors + 1] = (int32_t)end;
+    return num_tensors++;
+  }
+};
+
+// w_eff = weight * m and sum(m). One layer each, all in storage order; scores have the weight's strides.
+struct CudaEffectiveWeights {
+  static constexpr int kMost = 96;        // so that the argument has less than 4 KB: the launch of every layer
+  CudaBlocks<kMost> blocks;
+  const void* weight[kMost];              // [num], weight_dtype
+  const float* scores[kMost];             // [num]
+  void* w_eff[kMost];                     // [num], w_eff_dtype
+  uint8_t weight_dtype[kMost], w_eff_dtype[kMost];
+  Kind kind;
+  const float* beta;                      // 0-d
+  double* partials;                       // [blocks] workspace
+  float* penalties;                       // [num_tensors], stride penalty_stride
+  int64_t penalty_stride;
+};
+const char* launch_effective_weights(const CudaEffectiveWeights& params, int device, void* stream);
+
+// grad_scores = (grad_w_eff*weight + grad_penalty) * slope; grad_weight = grad_w_eff * m. The rest as above.
+struct CudaGradScores {
+  static constexpr int kMost = 64;
+  CudaBlocks<kMost> blocks;
+  const void* grad_w_eff[kMost];          // [num], grad_dtype; null: 0
+  const float* grad_penalty[kMost];       // 0-d; null: 0
+  const void* weight[kMost];              // [num], weight_dtype
+  const float* scores[kMost];             // [num]
+  float* grad_scores[kMost];              // [num]; may be grad_w_eff; null: not wanted
+  void* grad_weight[kMost];               // [num], weight_dtype; null: not wanted
+  uint8_t grad_dtype[kMost], weight_dtype[kMost];
+  Kind kind;
+  const float* beta;                      // 0-d
+};
+const char* launch_grad_scores(const CudaGradScores& params, int device, void* stream);
+
+// grads += lam * scale * slope(scores)
+struct CudaAddPenaltyGrad {
+  static constexpr int kMost = 96;
+  CudaBlocks<kMost> blocks;
+  const float* scores[kMost];             // [num]
+  float* grads[kMost];                    // [num]
+  float scale[kMost];                     // weights per score
+  Kind kind;
+  const float* beta;                      // 0-d
+  const float* lam_at;                    // 0-d; null: lam
+  float lam;
+};
+const char* launch_add_penalty_grad(const CudaAddPenaltyGrad& params, int device, void* stream);
+
+// One AdamW step (adamw.h) of scores of weight's shape, kind sigmoid, with the penalty's gradient; then w_eff = weight *
+// m and sum(m) of the new scores.
+struct CudaMaskAdamW {
+  static constexpr int kMost = 128;
+  CudaBlocks<kMost> blocks;
+  float* scores[kMost];                   // [num]
+  const void* grads[kMost];               // [num], grad_dtype: of the scores (fp32), or of the effective weights
+  void* exp_avg[kMost];                   // [num], fp32, or bf16 where has_bf16_moments
+  void* exp_avg_sq[kMost];                // [num], the same
+  const void* weight[kMost];              // [num], weight_dtype; read for w_eff and for gradients of effective weights
+  void* w_eff[kMost];                     // [num], w_eff_dtype; null: not wanted
+  float* penalty[kMost];                  // 0-d; null without w_eff
+  const float* step[kMost];               // 0-d, counts from 1
+  const float* grad_penalty[kMost];       // 0-d, beside gradients of effective weights; null: 0
+  uint8_t grad_dtype[kMost], weight_dtype[kMost], w_eff_dtype[kMost];
+  bool has_bf16_moments, has_w_eff_grads;
+  const float *beta, *next_beta;          // 0-d: of the gradients, of the new mask
+  AdamWSettings settings;
+  const float *lr_at, *lam_at;            // 0-d; null: settings.lr, lam
+  float lam;
+  double* partials;                       // [blocks] workspace
+};
+const char* launch_mask_adamw(const CudaMaskAdamW& params, int device, void* stream);
+
+const char* launch_pack_mask(const PackMask& params, int device, void* stream);
+const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream);
+
+}  // namespace subnet
