@@ -10,44 +10,41 @@
 
 namespace subnet {
 
-// What the user sets. log2 of the decay rates, so that their powers are exp2 of a product: -infinity for a rate of 0.
+// What the user sets.
 struct AdamWSettings {
-  double lr, beta1, beta2, eps, weight_decay;
-  double log2_beta1, log2_beta2;
-};
-
-// The numbers of one step that all of a tensor's elements share.
-struct AdamWNumbers {
-  float decay;                // lr * weight_decay
+  double lr, weight_decay;
+  double log2_beta1, log2_beta2;  // so that powers are exp2 of a product; -infinity for a decay rate of 0
   float one_minus_beta1, beta2, one_minus_beta2, eps;
-  float step_size;            // lr / (1 - beta1^step)
-  float root_scale;           // 1 / sqrt(1 - beta2^step)
 };
 
-// step counts from 1; powers in double, as 1 - beta2^step loses digits.
-SUBNET_INLINE AdamWNumbers adamw_numbers(const AdamWSettings& given, double lr, double step) {
-  AdamWNumbers numbers;
-  numbers.decay = (float)(lr * given.weight_decay);
-  numbers.one_minus_beta1 = (float)(1 - given.beta1);
-  numbers.beta2 = (float)given.beta2;
-  numbers.one_minus_beta2 = (float)(1 - given.beta2);
-  numbers.eps = (float)given.eps;
-  numbers.step_size = (float)(lr / (1 - exp2(step * given.log2_beta1)));
-  numbers.root_scale = (float)(1 / sqrt(1 - exp2(step * given.log2_beta2)));
-  return numbers;
+inline AdamWSettings adamw_settings(double lr, double beta1, double beta2, double eps, double weight_decay) {
+  return {lr, weight_decay, log2(beta1), log2(beta2), (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps};
+}
+
+// What follows from the number of the step, the same for all of a tensor's elements.
+struct AdamWRates {
+  float decay;       // lr * weight_decay
+  float step_size;   // lr / (1 - beta1^step)
+  float root_scale;  // 1 / sqrt(1 - beta2^step)
+};
+
+// step counts from 1. In double: 1 - beta2^step loses digits.
+SUBNET_INLINE AdamWRates adamw_rates(const AdamWSettings& settings, double lr, double step) {
+  return {(float)(lr * settings.weight_decay), (float)(lr / (1 - exp2(step * settings.log2_beta1))),
+          (float)(1 / sqrt(1 - exp2(step * settings.log2_beta2)))};
 }
 
 // The new scores; m and v, the moments, are brought forward.
 //   s = s - decay*s      m = m + (1-beta1)*(g - m)      v = beta2*v + (1-beta2)*g*g
 //   s = s - step_size*m / (sqrt(v)*root_scale + eps)
 template <class Math>
-SUBNET_INLINE typename Math::Float adamw_step(const AdamWNumbers& numbers, typename Math::Float score,
-                                              typename Math::Float grad, typename Math::Float& m,
-                                              typename Math::Float& v) {
-  score = score - numbers.decay * score;
-  m = m + numbers.one_minus_beta1 * (grad - m);
-  v = numbers.beta2 * v + numbers.one_minus_beta2 * grad * grad;
-  return score - numbers.step_size * m / (Math::square_root(v) * numbers.root_scale + numbers.eps);
+SUBNET_INLINE typename Math::Float adamw_step(const AdamWSettings& settings, const AdamWRates& rates,
+                                              typename Math::Float score, typename Math::Float grad,
+                                              typename Math::Float& m, typename Math::Float& v) {
+  score = score - rates.decay * score;
+  m = m + settings.one_minus_beta1 * (grad - m);
+  v = settings.beta2 * v + settings.one_minus_beta2 * grad * grad;
+  return score - rates.step_size * m / (Math::square_root(v) * rates.root_scale + settings.eps);
 }
 
 }  // namespace subnet

@@ -400,11 +400,7 @@ struct AdamW {
 // What does not differ between the tensors of a call.
 subnet::MaskAdamW settings_of(const char* op, const AdamW& adamw, const Tensor& beta, const Tensor& next_beta,
                               int64_t kind) {
-  STD_TORCH_CHECK(kind_of(op, kind) == Kind::sigmoid, op, ": kind must be 0 (sigmoid), a hard mask has no slope");
-  for (const double decay_rate : {adamw.beta1, adamw.beta2}) {
-    STD_TORCH_CHECK(decay_rate >= 0 && decay_rate < 1, op, ": beta1 and beta2 must be in [0, 1), got ", adamw.beta1,
-                    " and ", adamw.beta2);
-  }
+  check_decay_rates(op, kind, adamw.beta1, adamw.beta2);
   subnet::MaskAdamW params{};
   params.beta = *scalar_of(op, "beta", beta, cpu());
   params.next_beta = *scalar_of(op, "next_beta", next_beta, cpu());
@@ -575,10 +571,7 @@ Tensor pack_mask(const Tensor& mask) {
 Tensor unpack_mask(const Tensor& packed, int64_t num) {
   const char* op = "unpack_mask";
   subnet::UnpackMask params{};
-  params.packed = bytes_of(op, "packed", packed, aoti_torch_dtype_uint8(), "uint8");
-  STD_TORCH_CHECK(num >= 0 && packed.dim() == 1 && packed.numel() == num / 8 + (num % 8 != 0), op,
-                  ": packed must be 1-d with ceil(num/8) bytes for num = ", num, ", got ", packed.numel(), " bytes in ",
-                  packed.dim(), " dimensions");
+  params.packed = packed_bytes_of(op, packed, num);
   params.num = num;
   Tensor mask = torch::stable::new_empty(packed, {num}, torch::headeronly::ScalarType::Bool);
   params.mask = static_cast<uint8_t*>(mask.data_ptr());

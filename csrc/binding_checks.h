@@ -187,6 +187,30 @@ inline uint8_t* bytes_of(const char* op, const char* name, const Tensor& tensor,
   return static_cast<uint8_t*>(tensor.data_ptr());
 }
 
+// The bytes of a packed mask of `num` elements.
+inline uint8_t* packed_bytes_of(const char* op, const Tensor& packed, int64_t num) {
+  uint8_t* bytes = bytes_of(op, "packed", packed, aoti_torch_dtype_uint8(), "uint8");
+  STD_TORCH_CHECK(num >= 0 && packed.dim() == 1 && packed.numel() == num / 8 + (num % 8 != 0), op,
+                  ": packed must be 1-d with ceil(num/8) bytes for num = ", num, ", got ", packed.numel(), " bytes in ",
+                  packed.dim(), " dimensions");
+  return bytes;
+}
+
+inline void check_lengths(const char* op, size_t num, const std::vector<size_t>& others) {
+  for (const size_t other : others) {
+    STD_TORCH_CHECK(other == num, op, ": all lists must be of one length, got ", num, " and ", other);
+  }
+}
+
+// What every mask_adamw refuses.
+inline void check_decay_rates(const char* op, int64_t kind, double beta1, double beta2) {
+  STD_TORCH_CHECK(kind_of(op, kind) == Kind::sigmoid, op, ": kind must be 0 (sigmoid), a hard mask has no slope");
+  for (const double decay_rate : {beta1, beta2}) {
+    STD_TORCH_CHECK(decay_rate >= 0 && decay_rate < 1, op, ": beta1 and beta2 must be in [0, 1), got ", beta1, " and ",
+                    beta2);
+  }
+}
+
 inline int32_t cpu() { return aoti_torch_device_type_cpu(); }
 
 }  // namespace

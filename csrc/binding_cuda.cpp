@@ -68,7 +68,7 @@ void effective_weight(const Tensor& weight, const Tensor& scores, const Tensor& 
 void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
                        int64_t kind, const std::vector<Tensor>& w_eff, const Tensor& penalties_) {
   const OnGpu on("effective_weights", beta);
-  const View penalties = check_lists(on.op, weights, scores, w_eff, penalties_, aoti_torch_device_type_cuda());
+  const View penalties = check_lists(on.op, weights, scores, w_eff, penalties_, gpu());
   on.check("penalties", penalties_);
   for (size_t i = 0; i < weights.size();) {
     subnet::CudaEffectiveWeights params{};
@@ -81,9 +81,234 @@ void effective_weights(const std::vector<Tensor>& weights, const std::vector<Ten
   }
 }
 
+// ---- grad_scores
+
+// What is not given or not wanted: null. grad_scores may be grad_w_eff.
+void add_grad_scores(const OnGpu& on, subnet::CudaGradScores& params, const Tensor* grad_w_eff_,
+                     const Tensor* grad_penalty, const Tensor& weight_, const Tensor& scores_,
+                     const Tensor& grad_scores_, const Tensor* grad_weight_) {
+  const View weight = on.view("weight", weight_);
+  const View scores = on.floats("scores", scores_);
+  const View grads = on.floats("grad_scores", grad_scores_);
+  check_is_dense(on.op, weight);
+  check_scores(on.op, scores, weight);
+  check_flat(on, scores, weight);
+  check_flat(on, grads, weight);
+  check_disjoint(on.op, grads, weight);
+  check_disjoint(on.op, grads, scores);
+  const int at = append(on, params.blocks, weight);
+  params.weight[at] = weight.data;
+  params.scores[at] = reinterpret_cast<const float*>(scores.data);
+  params.grad_scores[at] = reinterpret_cast<float*>(grads.data);
+  params.weight_dtype[at] = (uint8_t)weight.dtype;
+  if (grad_penalty != nullptr) params.grad_penalty[at] = on.scalar("grad_penalty", *grad_penalty);
+  if (grad_w_eff_ == nullptr) {
+    STD_TORCH_CHECK(grad_weight_ == nullptr, on.op, ": grad_weight needs grad_w_eff, got None");
+    return;
+  }
+  const View grad_w_eff = on.view("grad_w_eff", *grad_w_eff_);
+  check_strides(on.op, grad_w_eff, weight);
+  if (grads.data != grad_w_eff.data || grad_w_eff.dtype != Dtype::float32) check_disjoint(on.op, grads, grad_w_eff);
+  params.grad_w_eff[at] = grad_w_eff.data;
+  params.grad_dtype[at] = (uint8_t)grad_w_eff.dtype;
+  if (grad_weight_ == nullptr) return;
+  const View grad_weight = on.view("grad_weight", *grad_weight_);
+  check_strides(on.op, grad_weight, weight);
+  STD_TORCH_CHECK(grad_weight.dtype == weight.dtype, on.op, ": grad_weight must have weight's dtype");
+  for (const View& other : {weight, scores, grads, grad_w_eff}) check_disjoint(on.op, grad_weight, other);
+  params.grad_weight[at] = grad_weight.data;
+}
+
+const Tensor* pointer_to(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+// In lists a tensor of 0 elements stands for none.
+const Tensor* pointer_to(const Tensor& tensor) { return tensor.numel() == 0 ? nullptr : &tensor; }
+
+void grad_scores(const std::optional<Tensor>& grad_w_eff, const std::optional<Tensor>& grad_penalty,
+                 const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
+                 const Tensor& grad_scores, const std::optional<Tensor>& grad_weight) {
+  const OnGpu on("grad_scores", beta);
+  subnet::CudaGradScores params{};
+  params.kind = kind_of(on.op, kind);
+  params.beta = on.scalar("beta", beta);
+  add_grad_scores(on, params, pointer_to(grad_w_eff), pointer_to(grad_penalty), weight, scores, grad_scores,
+                  pointer_to(grad_weight));
+  on.run([&](int device, void* stream) { return subnet::launch_grad_scores(params, device, stream); });
+}
+
+void grad_scores_of_many(const std::vector<Tensor>& grad_w_effs, const std::vector<Tensor>& grad_penalties,
+                         const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
+                         int64_t kind, const std::vector<Tensor>& grad_scores) {
+  const OnGpu on("grad_scores_of_many", beta);
+  check_lengths(on.op, weights.size(), {grad_w_effs.size(), grad_penalties.size(), scores.size(), grad_scores.size()});
+  for (size_t i = 0; i < weights.size();) {
+    subnet::CudaGradScores params{};
+    params.kind = kind_of(on.op, kind);
+    params.beta = on.scalar("beta", beta);
+    for (; i < weights.size() && !params.blocks.is_full(); ++i) {
+      add_grad_scores(on, params, &grad_w_effs[i], pointer_to(grad_penalties[i]), weights[i], scores[i],
+                      grad_scores[i], nullptr);
+    }
+    on.run([&](int device, void* stream) { return subnet::launch_grad_scores(params, device, stream); });
+  }
+}
+
+// ---- add_penalty_grad
+
+void add_penalty_grad_of_many(const std::vector<Tensor>& grads_, const std::vector<Tensor>& scores_,
+                              const std::vector<int64_t>& weights_per_score, const Tensor& beta, double lam,
+                              const std::optional<Tensor>& lam_at, int64_t kind) {
+  const OnGpu on("add_penalty_grad_of_many", beta);
+  check_lengths(on.op, grads_.size(), {scores_.size(), weights_per_score.size()});
+  for (size_t i = 0; i < grads_.size();) {
+    subnet::CudaAddPenaltyGrad params{};
+    params.kind = kind_of(on.op, kind);
+    params.beta = on.scalar("beta", beta);
+    params.lam = (float)lam;
+    params.lam_at = lam_at ? on.scalar("lam", *lam_at) : nullptr;
+    for (; i < grads_.size() && !params.blocks.is_full(); ++i) {
+      const View grads = on.floats("grads", grads_[i]);
+      const View scores = on.floats("scores", scores_[i]);
+      check_is_dense(on.op, grads);
+      check_flat(on, scores, grads);
+      check_disjoint(on.op, grads, scores);
+      const int at = append(on, params.blocks, grads);
+      params.scores[at] = reinterpret_cast<const float*>(scores.data);
+      params.grads[at] = reinterpret_cast<float*>(grads.data);
+      params.scale[at] = (float)weights_per_score[i];
+    }
+    on.run([&](int device, void* stream) { return subnet::launch_add_penalty_grad(params, device, stream); });
+  }
+}
+
+// ---- mask_adamw
+
+// The tensors of one call, lists of one length.
+struct MaskAdamWLists {
+  const std::vector<Tensor>&scores, &grads, &exp_avgs, &exp_avg_sqs, &weights, &w_effs, &penalties, &steps,
+      &grad_penalties;
+};
+
+// Appends entry i; what it writes and reads goes to the views.
+void add_mask_adamw(const OnGpu& on, subnet::CudaMaskAdamW& params, const MaskAdamWLists& lists, size_t i,
+                    std::vector<View>& written, std::vector<View>& read) {
+  const View weight = on.view("weights", lists.weights[i]);
+  check_is_dense(on.op, weight);
+  const int at = append(on, params.blocks, weight);
+  const auto take = [&](View view, std::vector<View>& views) {
+    check_flat(on, view, weight);
+    views.push_back(view);
+    return view.data;
+  };
+  const View exp_avg = on.view("exp_avgs", lists.exp_avgs[i]);
+  const View exp_avg_sq = on.view("exp_avg_sqs", lists.exp_avg_sqs[i]);
+  const Dtype moment = params.has_bf16_moments ? Dtype::bfloat16 : Dtype::float32;
+  STD_TORCH_CHECK(exp_avg.dtype == moment && exp_avg_sq.dtype == moment, on.op,
+                  ": exp_avgs and exp_avg_sqs must all be float32 or all be bfloat16");
+  const View grad = on.view("grads", lists.grads[i]);
+  STD_TORCH_CHECK(params.has_w_eff_grads || grad.dtype == Dtype::float32, on.op, ": grads must be float32");
+  params.scores[at] = reinterpret_cast<float*>(take(on.floats("scores", lists.scores[i]), written));
+  params.exp_avg[at] = take(exp_avg, written);
+  params.exp_avg_sq[at] = take(exp_avg_sq, written);
+  params.grads[at] = take(grad, read);
+  params.grad_dtype[at] = (uint8_t)grad.dtype;
+  params.step[at] = on.scalar("steps", lists.steps[i]);
+  params.weight[at] = weight.data;
+  params.weight_dtype[at] = (uint8_t)weight.dtype;
+  if (params.has_w_eff_grads && pointer_to(lists.grad_penalties[i]) != nullptr) {
+    params.grad_penalty[at] = on.scalar("grad_penalties", lists.grad_penalties[i]);
+  }
+  if (pointer_to(lists.penalties[i]) == nullptr) return;
+  const View w_eff = on.view("w_effs", lists.w_effs[i]);
+  params.w_eff[at] = take(w_eff, written);
+  params.w_eff_dtype[at] = (uint8_t)w_eff.dtype;
+  params.penalty[at] = on.scalar("penalties", lists.penalties[i]);
+  written.push_back(on.view("penalties", lists.penalties[i]));
+  read.push_back(weight);
+}
+
+// An entry without effective weight has 0 elements as its w_eff and its penalty, one without grad_penalty there.
+void mask_adamw_of_many(const std::vector<Tensor>& scores, const std::vector<Tensor>& grads,
+                        const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                        const std::vector<Tensor>& weights, const std::vector<Tensor>& w_effs,
+                        const std::vector<Tensor>& penalties, const std::vector<Tensor>& steps,
+                        const std::vector<Tensor>& grad_penalties, bool has_w_eff_grads, const Tensor& beta,
+                        const Tensor& next_beta, int64_t kind, double lr, const std::optional<Tensor>& lr_at,
+                        double beta1, double beta2, double eps, double weight_decay, double lam,
+                        const std::optional<Tensor>& lam_at) {
+  const OnGpu on("mask_adamw_of_many", beta);
+  check_lengths(on.op, scores.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(),
+                                       w_effs.size(), penalties.size(), steps.size(), grad_penalties.size()});
+  check_decay_rates(on.op, kind, beta1, beta2);
+  subnet::CudaMaskAdamW all{};
+  all.has_w_eff_grads = has_w_eff_grads;
+  all.has_bf16_moments = !exp_avgs.empty() && dtype_of(on.op, "exp_avgs", exp_avgs[0]) == Dtype::bfloat16;
+  all.beta = on.scalar("beta", beta);
+  all.next_beta = on.scalar("next_beta", next_beta);
+  all.settings = subnet::adamw_settings(lr, beta1, beta2, eps, weight_decay);
+  all.lr_at = lr_at ? on.scalar("lr", *lr_at) : nullptr;
+  all.lam = (float)lam;
+  all.lam_at = lam_at ? on.scalar("lam", *lam_at) : nullptr;
+  const MaskAdamWLists lists{scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, steps, grad_penalties};
+  std::vector<subnet::CudaMaskAdamW> launches;
+  std::vector<View> written, read;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    if (launches.empty() || launches.back().blocks.is_full()) launches.push_back(all);
+    add_mask_adamw(on, launches.back(), lists, i, written, read);
+  }
+  check_disjoint(on.op, written, read);  // before the first launch: what is refused changes nothing
+  for (subnet::CudaMaskAdamW& params : launches) {
+    const Tensor partials = on.workspace(beta, params.blocks.begin[params.blocks.num_tensors]);
+    params.partials = static_cast<double*>(partials.data_ptr());
+    on.run([&](int device, void* stream) { return subnet::launch_mask_adamw(params, device, stream); });
+  }
+}
+
+// ---- pack_mask
+
+Tensor pack_mask(const Tensor& mask) {
+  const OnGpu on("pack_mask", mask);
+  subnet::PackMask params{};
+  params.mask = bytes_of(on.op, "mask", mask, aoti_torch_dtype_bool(), "bool");
+  params.num = mask.numel();
+  Tensor packed = torch::stable::new_empty(mask, {ceil_div(params.num, 8)}, torch::headeronly::ScalarType::Byte);
+  params.packed = static_cast<uint8_t*>(packed.data_ptr());
+  on.run([&](int device, void* stream) { return subnet::launch_pack_mask(params, device, stream); });
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& packed, int64_t num) {
+  const OnGpu on("unpack_mask", packed);
+  subnet::UnpackMask params{};
+  params.packed = packed_bytes_of(on.op, packed, num);
+  params.num = num;
+  Tensor mask = torch::stable::new_empty(packed, {num}, torch::headeronly::ScalarType::Bool);
+  params.mask = static_cast<uint8_t*>(mask.data_ptr());
+  on.run([&](int device, void* stream) { return subnet::launch_unpack_mask(params, device, stream); });
+  return mask;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(subnet_native, CUDA, m) {
+// Ops of the GPU alone: lists in one launch, numbers that are read from its memory.
+STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
+  m.def("grad_scores_of_many(Tensor[] grad_w_effs, Tensor[] grad_penalties, Tensor[] weights, Tensor[] scores,"
+        " Tensor beta, int kind, Tensor(a!)[] grad_scores) -> ()");
+  m.def("add_penalty_grad_of_many(Tensor(a!)[] grads, Tensor[] scores, int[] weights_per_score, Tensor beta,"
+        " float lam, Tensor? lam_at, int kind) -> ()");
+  m.def("mask_adamw_of_many(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, Tensor[] steps, Tensor[] grad_penalties,"
+        " bool has_w_eff_grads, Tensor beta, Tensor next_beta, int kind, float lr, Tensor? lr_at, float beta1,"
+        " float beta2, float eps, float weight_decay, float lam, Tensor? lam_at) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
   m.impl("effective_weight", TORCH_BOX(&effective_weight));
   m.impl("effective_weights", TORCH_BOX(&effective_weights));
+  m.impl("grad_scores", TORCH_BOX(&grad_scores));
+  m.impl("grad_scores_of_many", TORCH_BOX(&grad_scores_of_many));
+  m.impl("add_penalty_grad_of_many", TORCH_BOX(&add_penalty_grad_of_many));
+  m.impl("mask_adamw_of_many", TORCH_BOX(&mask_adamw_of_many));
+  m.impl("pack_mask", TORCH_BOX(&pack_mask));
+  m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

@@ -41,7 +41,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise TypeError(
             f"pack_mask: mask must be a bool tensor, got {_describe(mask)}; threshold it first (scores > 0)"
         )
-    if mask.device.type == "cpu" and native.is_available():
+    if native.serves(mask):
         return torch.ops.subnet_native.pack_mask(mask.contiguous())
     flat = mask.reshape(-1)
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
@@ -90,9 +90,9 @@ def unpack_bits(packed: Tensor, num: int) -> Tensor:
         packed: uint8 ``[ceil(num / 8)]``.
         num: elements of the mask.
     """
+    if native.serves(packed):
+        return torch.ops.subnet_native.unpack_mask(packed.contiguous(), num)
     if packed.device.type == "cpu":
-        if native.is_available():
-            return torch.ops.subnet_native.unpack_mask(packed.contiguous(), num)
         return torch.index_select(_BYTE_TO_WORD, 0, packed.to(torch.int32)).view(torch.bool)[:num]
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).bool().view(-1)[:num]

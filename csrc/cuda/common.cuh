@@ -187,14 +187,22 @@ __device__ __forceinline__ double sum_of_partials(const CudaBlocks<kMost>& block
 
 // ---- launch
 
-// Makes `device` the current one while `enqueue` runs. Returns null or CUDA's error text.
-template <class Enqueue>
-const char* launch_on(int device, const Enqueue& enqueue) {
+// One launch of a kernel whose argument is `params`; none for a grid of no blocks.
+template <class Params>
+void enqueue(void (*kernel)(Params), int64_t num_blocks, const Params& params, void* stream) {
+  if (num_blocks == 0) return;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  cudaLaunchKernel(kernel, dim3((unsigned)num_blocks), dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
+}
+
+// Makes `device` the current one while `body` enqueues. Returns null or CUDA's error text.
+template <class Body>
+const char* launch_on(int device, const Body& body) {
   int previous = device;
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  enqueue();
+  body();
   error = cudaGetLastError();
   if (previous != device) cudaSetDevice(previous);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -45,12 +45,10 @@ static_assert(sizeof(CudaEffectiveWeights) <= 4096, "see kMost");
 
 const char* launch_effective_weights(const CudaEffectiveWeights& params, int device, void* stream) {
   return launch_on(device, [&] {
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const int num_blocks = params.blocks.begin[params.blocks.num_tensors];
-    const auto kernel =
-        params.kind == Kind::hard ? effective_weights_kernel<Kind::hard> : effective_weights_kernel<Kind::sigmoid>;
-    if (num_blocks > 0) kernel<<<num_blocks, kThreads, 0, cuda_stream>>>(params);
-    sum_masks_kernel<<<params.blocks.num_tensors, kThreads, 0, cuda_stream>>>(params);
+    enqueue(params.kind == Kind::hard ? effective_weights_kernel<Kind::hard> : effective_weights_kernel<Kind::sigmoid>,
+            num_blocks, params, stream);
+    enqueue(sum_masks_kernel, params.blocks.num_tensors, params, stream);
   });
 }
 

@@ -1,17 +1,29 @@
-"""The backend ``cuda``: CUDA C++ kernels of the extension, compiled ahead of time, and the vendor's products."""
+"""The backend ``cuda``: CUDA C++ kernels of the extension, compiled ahead of time, and the vendor's products.
+
+Every elementwise op of many tensors is one launch, whose argument is the table of their addresses: nothing is copied to
+the device beforehand, and in a captured CUDA graph it is one launch too. Scores of weight's shape.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .base import Call
+from ..masks import MaskKind
+from .base import KIND_CODES, AdamW, Call
+from .layout import aligned, is_dense, with_strides_of
 from .native import ExtensionBackend, has_cuda_kernels
+
+_bump = torch.autograd.graph.increment_version
+
+
+def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number as the ops take it: (value, None), or (ignored, where the kernel reads it)."""
+    return (0.0, value.to(torch.float32)) if isinstance(value, Tensor) else (value, None)
 
 
 class CudaBackend(ExtensionBackend):
-    """Elementwise ops of many tensors in one launch; scores of weight's shape."""
-
-    has_mask_adamw = False
+    """Vendor matrix products, and our one-pass kernels for everything elementwise, on a GPU."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -23,8 +35,49 @@ class CudaBackend(ExtensionBackend):
             return "torch can use no GPU here"
         if not has_cuda_kernels():
             return "the extension was built without CUDA kernels (no nvcc then) or torch has no CUDA"
-        if call.op not in ("effective_weight", "effective_weights"):
-            return f"{call.op} is not built in CUDA C++ yet"
         if not call.is_same_shape:
             return "scores coarser than weight are not built in CUDA C++ yet"
         return None
+
+    def grad_scores_of_many(
+        self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
+        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+    ) -> list[Tensor]:
+        dense = [w if is_dense(w) else w.contiguous() for w in weights]
+        grads = [with_strides_of(w, g) for w, g in zip(dense, grad_w_effs, strict=True)]
+        flat = [aligned(w, s) for w, s in zip(dense, scores, strict=True)]
+        made = [g if g.dtype == torch.float32 else torch.empty_like(s) for g, s in zip(grads, flat, strict=True)]
+        none = beta.new_empty(0)
+        penalties = [none if penalty is None else penalty for penalty in grad_penalties]
+        op = self.ops.grad_scores_of_many.default
+        op(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
+        return [
+            m if s.stride() == m.stride() else torch.empty_like(s).copy_(m) for m, s in zip(made, scores, strict=True)
+        ]
+
+    def add_penalty_grad_(
+        self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
+        lam: float | Tensor, kind: MaskKind,
+    ) -> None:
+        dense = [g if is_dense(g) else g.contiguous() for g in grads]
+        flat = [aligned(g, s) for g, s in zip(dense, scores, strict=True)]
+        op = self.ops.add_penalty_grad_of_many.default
+        op(dense, flat, weights_per_score, beta, *_number(lam), KIND_CODES[kind.name])
+        for grad, made in zip(grads, dense, strict=True):
+            grad.copy_(made) if made is not grad else _bump(grad)
+
+    def mask_adamw_(
+        self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+        steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
+    ) -> None:
+        none = beta.new_empty(0)  # how the op is told that an entry has no effective weight, or no grad_penalty
+        w_effs, penalties = zip(*(slot or (none, none) for slot in slots)) if slots else ((), ())
+        arriving = [none if penalty is None else penalty for penalty in grad_penalties or [None] * len(scores)]
+        self.ops.mask_adamw_of_many.default(
+            scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, steps, arriving,
+            grad_penalties is not None, beta, next_beta, KIND_CODES[kind.name], *_number(numbers.lr), numbers.beta1,
+            numbers.beta2, numbers.eps, numbers.weight_decay, *_number(numbers.lam),
+        )  # fmt: skip
+        written = [tensor for slot in slots if slot is not None for tensor in slot]
+        _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])

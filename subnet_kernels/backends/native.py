@@ -39,6 +39,11 @@ def has_cuda_kernels() -> bool:
     return is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("subnet_native::effective_weights", "CUDA")
 
 
+def serves(tensor: Tensor) -> bool:
+    """Whether the extension has kernels for that tensor's device."""
+    return is_available() if tensor.device.type == "cpu" else tensor.device.type == "cuda" and has_cuda_kernels()
+
+
 @functools.cache
 def fused_linear_rows() -> int:
     """Up to so many rows of x, linear products run fused with the pass over their weight, on this processor."""
@@ -69,6 +74,7 @@ class ExtensionBackend(Backend):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.ops = torch.ops.subnet_native
 
     def refuse(self, call: Call) -> str | None:
         if (reason := load_error()) is not None:
@@ -92,7 +98,7 @@ class ExtensionBackend(Backend):
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        op, code = torch.ops.subnet_native.effective_weight.default, KIND_CODES[kind.name]
+        op, code = self.ops.effective_weight.default, KIND_CODES[kind.name]
         if out is not None and weight.is_contiguous() and scores.is_contiguous() and out[0].is_contiguous():
             op(weight, scores, beta, code, *out)  # every forward pass of a layer comes here
             _bump(out)
@@ -124,7 +130,7 @@ class ExtensionBackend(Backend):
         w_effs = [torch.empty_like(w, dtype=d) for w, d in zip(weights, dtypes, strict=True)]
         if out is not None:
             w_effs = [o if o.stride() == w.stride() else w for o, w in zip(out, w_effs, strict=True)]
-        op = torch.ops.subnet_native.effective_weights.default
+        op = self.ops.effective_weights.default
         op(weights, scores, beta, KIND_CODES[kind.name], w_effs, penalties)
         if out is not None:
             for given, made in zip(out, w_effs, strict=True):
@@ -139,7 +145,7 @@ class ExtensionBackend(Backend):
         wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
         if not wants_scores and not wants_weight:
             return None, None
-        op, code = torch.ops.subnet_native.grad_scores.default, KIND_CODES[kind.name]
+        op, code = self.ops.grad_scores.default, KIND_CODES[kind.name]
         if (
             may_overwrite and grad_w_eff is not None and not wants_weight and grad_w_eff.dtype == torch.float32
             and grad_w_eff.is_contiguous() and weight.is_contiguous() and scores.is_contiguous()
