@@ -1,7 +1,4 @@
-// The GPU's bindings and kernels as a module for CPU tensors: torch.ops.subnet_on_host.
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
-
+// The GPU's bindings and kernels as ops of CPU tensors: torch.ops.subnet_on_host.
 #include "binding_cuda.cpp"
 #include "cuda/add_penalty_grad.cu"
 #include "cuda/effective_weight.cu"
@@ -18,10 +15,4 @@ STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
         " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
-}
-
-PyMODINIT_FUNC PyInit_cuda_on_host(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "cuda_on_host", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                               nullptr};
-  return PyModule_Create(&module);
 }

@@ -1,0 +1,289 @@
+"""The CUDA C++ kernels and their bindings as host functions, against fp64: indices, tails, tables, sums and arithmetic.
+What only a GPU shows (alignment faults, races, its own exp) is in test_gpu.py."""
+
+import pytest
+import torch
+
+from subnet_kernels.backends.base import AdamW
+from subnet_kernels.masks import as_kind
+from subnet_kernels.rounding import round_to_bf16, rounding_bits
+from tests.kernels import cuda_on_host
+
+if cuda_on_host.compiler() is None:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+pytest.importorskip("subnet_kernels._C", reason="the extension is not built")
+from tests.kernels.native_inputs import DTYPES, ROUNDOFF, assert_within, nan_like, randn
+from tests.kernels.test_native_mask_adamw import BETA, NEXT_BETA, SETTINGS, State, expected, slope_of
+
+U = 2.0**-24
+SIGMOID, HARD = as_kind("sigmoid"), as_kind("hard")
+LAM = torch.tensor(0.37)
+BLOCK = 4096  # elements per thread block
+SIZES = [(1,), (7,), (8, 1), (63,), (2047,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (3, 5, 7, 11), (97, 131), (0, 5)]
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    return cuda_on_host.OnHost()
+
+
+def offset(tensor):
+    """The same values, where no access of 16 bytes is aligned."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def mask_error(scores, beta):
+    """m in fp64 and what fp32 arithmetic may be off: z has two roundings, exp and quotient a few."""
+    z = beta.double() * scores.double()
+    m = torch.sigmoid(z)
+    return m, 4 * U * m * (1 + z.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_effective_weights_of_every_size_match_fp64(cuda, weight_dtype, dtype):
+    weights = [randn(shape, i).to(weight_dtype) for i, shape in enumerate(SIZES)]
+    scores = [randn(shape, 50 + i) for i, shape in enumerate(SIZES)]
+    weights[4], scores[4], weights[9] = offset(weights[4]), offset(scores[4]), offset(weights[9])
+    out = [nan_like(w, dtype) for w in weights]
+    made, penalties = cuda.effective_weights(weights, scores, BETA, SIGMOID, [dtype] * len(weights), out)
+    for weight, score, w_eff, penalty in zip(weights, scores, made, penalties, strict=True):
+        m, error = mask_error(score, BETA)
+        tiny = 2.0**-25 if dtype == torch.float16 else 0.0
+        bound = weight.double().abs() * (error + 1.01 * ROUNDOFF[dtype] * m) + tiny
+        assert_within(w_eff, weight.double() * m, bound)
+        assert_within(penalty, m.sum(), error.sum() + 4 * U * m.sum())
+    for weight, score, w_eff, penalty in zip(weights, scores, made, penalties, strict=True):
+        one, sum_of_one = cuda.effective_weight(weight, score, BETA, SIGMOID, dtype)
+        assert torch.equal(one, w_eff) and torch.equal(sum_of_one, penalty)
+
+
+def test_hard_masks_keep_the_weight_to_the_bit_and_count(cuda):
+    weight, scores = randn((67, 129), 0), randn((67, 129), 1)
+    scores[3, :5] = 0.0
+    (w_eff,), penalties = cuda.effective_weights([weight], [scores], BETA, HARD, [torch.float32])
+    assert torch.equal(w_eff, torch.where(scores > 0, weight, 0.0))
+    assert penalties.tolist() == [(scores > 0).sum().item()]
+
+
+def test_more_layers_than_one_launch_holds_keep_their_places(cuda):
+    weights, scores = [randn((1 + i % 5, 3), i) for i in range(200)], [randn((1 + i % 5, 3), 300 + i) for i in range(200)]
+    made, penalties = cuda.effective_weights(weights, scores, BETA, SIGMOID, [torch.float32] * 200)
+    for i in (0, 95, 96, 191, 192, 199):
+        m, error = mask_error(scores[i], BETA)
+        assert_within(made[i], weights[i] * m, weights[i].abs() * error + U * m)
+        assert penalties[i].item() == pytest.approx(m.sum().item(), rel=1e-6)
+    grads = [randn(w.shape, 600 + i) for i, w in enumerate(weights)]
+    lams = [LAM if i % 3 else None for i in range(200)]
+    given = [g.clone() for g in grads]
+    for i, ds in enumerate(cuda.grad_scores_of_many(given, lams, weights, scores, BETA, SIGMOID)):
+        truth, bound = true_grad_scores(grads[i], weights[i], scores[i], lams[i])
+        assert_within(ds, truth, bound)
+
+
+def true_grad_scores(grad, weight, scores, grad_penalty):
+    """(value, bound): four roundings of the slope, z's two, those of product, sum and result."""
+    slope = slope_of(scores.double(), BETA.double())
+    lam = 0.0 if grad_penalty is None else grad_penalty.double()
+    product = torch.zeros(()) if grad is None else grad.double() * weight.double()
+    return (product + lam) * slope, 8 * U * (product.abs() + lam) * slope * (1 + (BETA * scores).abs().double())
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_score_gradients_and_weight_gradients_of_every_size_match_fp64(cuda, grad_dtype, weight_dtype):
+    for i, shape in enumerate(SIZES):
+        weight, scores = randn(shape, i).to(weight_dtype), randn(shape, 20 + i)
+        grad = randn(shape, 40 + i).to(grad_dtype)
+        if i % 3 == 1:
+            weight, scores, grad = offset(weight), offset(scores), offset(grad)
+        ds, dw = cuda.grad_scores(grad, LAM, weight, scores, BETA, SIGMOID, True, True)
+        assert_within(ds, *true_grad_scores(grad, weight, scores, LAM))
+        m, error = mask_error(scores, BETA)
+        tiny = 2.0**-25 if weight_dtype == torch.float16 else 0.0
+        g = grad.double()
+        assert_within(dw, g * m, g.abs() * (error + 1.01 * ROUNDOFF[weight_dtype] * m) + tiny)
+        in_place, none = cuda.grad_scores(grad, LAM, weight, scores, BETA, SIGMOID, True, False, may_overwrite=True)
+        assert torch.equal(in_place, ds) and none is None
+        assert (in_place is grad) == (grad_dtype == torch.float32)
+
+
+def test_the_penalty_alone_and_hard_masks_have_their_gradients(cuda):
+    weight, scores, grad = (randn((67, 129), i) for i in range(3))
+    ds, none = cuda.grad_scores(None, LAM, weight, scores, BETA, SIGMOID, True, True)
+    assert_within(ds, *true_grad_scores(None, weight, scores, LAM))
+    assert none is None
+    none, dw = cuda.grad_scores(grad, LAM, weight, scores, BETA, HARD, True, True)
+    assert none is None and torch.equal(dw, torch.where(scores > 0, grad, 0.0))
+
+
+def test_transposed_and_channels_last_tensors_are_served_as_they_lie(cuda):
+    for shape, order in [((67, 129), (1, 0)), ((6, 5, 3, 7), (0, 2, 3, 1))]:
+        weight, scores, grad = (randn(shape, i, order) for i in range(3))
+        w_eff, _ = cuda.effective_weight(weight, scores, BETA, SIGMOID, torch.float32)
+        m, error = mask_error(scores, BETA)
+        assert w_eff.stride() == weight.stride()
+        assert_within(w_eff, weight * m, weight.abs() * (error + U * m) * 1.01)
+        for other in (scores, scores.contiguous()):
+            ds, _ = cuda.grad_scores(grad.contiguous(), LAM, weight, other, BETA, SIGMOID, True, False)
+            assert ds.stride() == other.stride()
+            assert_within(ds, *true_grad_scores(grad, weight, scores, LAM))
+            (ds,) = cuda.grad_scores_of_many([grad.contiguous()], [LAM], [weight], [other], BETA, SIGMOID)
+            assert ds.stride() == other.stride()
+            assert_within(ds, *true_grad_scores(grad, weight, scores, LAM))
+
+
+@pytest.mark.parametrize("lam", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)], ids=repr)
+def test_the_penalty_is_added_to_gradients_in_place_as_in_fp64(cuda, lam):
+    scores = [randn((67, 129), 0), randn((5, 1), 1), randn((6, 35), 2, (1, 0)), torch.empty(0, 3)]
+    scores += [randn((9, 8), 3)[:, ::2], offset(randn((BLOCK + 1,), 4))]
+    counts = [1, 40, 7, 3, 2, 5]
+    grads = [randn(tuple(s.shape), 9 + i) for i, s in enumerate(scores)]
+    before = [grad.double() for grad in grads]
+    cuda.add_penalty_grad_(grads, scores, counts, BETA, lam, SIGMOID)
+    for grad, old, s, count in zip(grads, before, scores, counts, strict=True):
+        added = 0.25 * count * slope_of(s.double(), BETA.double())
+        assert_within(grad, old + added, 8 * U * (old.abs() + added * (1 + (BETA * s).abs())))
+    before = [grad.clone() for grad in grads]
+    cuda.add_penalty_grad_(grads, scores, counts, BETA, lam, HARD)
+    assert all(torch.equal(grad, old) for grad, old in zip(grads, before, strict=True))
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def step(cuda, states, has_tensors=False, grad_penalties=None, **settings):
+    numbers = {**SETTINGS, **settings}
+    beta1, beta2 = numbers.pop("betas")
+    if has_tensors:  # as a captured step has them
+        numbers["lr"] = torch.tensor(numbers["lr"], dtype=torch.float64)
+        numbers["lam"] = torch.tensor(numbers["lam"], dtype=torch.float64)
+    cuda.mask_adamw_(
+        [s.scores for s in states], [s.grad for s in states], [s.exp_avg for s in states],
+        [s.exp_avg_sq for s in states], [torch.tensor(s.step) for s in states], [s.weight for s in states],
+        [s.slot for s in states], BETA, NEXT_BETA, SIGMOID, AdamW(beta1=beta1, beta2=beta2, **numbers), grad_penalties,
+    )  # fmt: skip
+
+
+def check(cuda, before, after, lr_error=0.0, **settings):
+    """Scores and moments within their bounds; w_eff and penalty to the bit those of effective_weight."""
+    truth = expected(before, **{**SETTINGS, **settings})
+    for name, (value, bound) in truth.items():
+        change = (value - getattr(before, name).double()).abs()
+        assert_within(getattr(after, name), value, bound + lr_error * change, name)
+    if after.slot is not None:
+        w_eff, penalty = after.slot
+        made, total = cuda.effective_weight(after.weight, after.scores, NEXT_BETA, SIGMOID, w_eff.dtype)
+        assert torch.equal(w_eff, made) and torch.equal(penalty, total)
+
+
+@pytest.mark.parametrize("has_tensors", [False, True])
+def test_each_of_several_tensors_steps_as_in_fp64(cuda, has_tensors):
+    shapes = [*SIZES, (64, 33), (5,), (8, 4, 3, 3), (300, 200)]
+    dtypes = [torch.float32, None, torch.bfloat16, torch.float16]
+    states = [State(shape, 1.0 + i, DTYPES[i % 3], dtypes[i % 4], seed=i) for i, shape in enumerate(shapes)]
+    states[-1] = State(shapes[-1], 10_000.0, seed=99, order=(1, 0))
+    states[4].scores, states[8].exp_avg = offset(states[4].scores), offset(states[8].exp_avg)
+    after = [state.clone() for state in states]
+    step(cuda, after, has_tensors)
+    for old, new in zip(states, after, strict=True):
+        check(cuda, old, new, lr_error=U if has_tensors else 0.0)
+    step(cuda, [])
+
+
+def test_without_lam_the_slope_is_not_looked_at(cuda):
+    state = State((70,), dtype=None)
+    state.scores[3] = float("inf")  # its slope would be 0 * inf
+    after = state.clone()
+    step(cuda, [after], lam=0.0)
+    assert after.exp_avg[3].isfinite()
+
+
+def test_beta1_and_beta2_may_be_zero(cuda):
+    state = State((70,), 2.0, dtype=None)
+    after = state.clone()
+    step(cuda, [after], betas=(0.0, 0.0))
+    check(cuda, state, after, betas=(0.0, 0.0))
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_gradients_of_effective_weights_step_as_in_fp64(cuda, weight_dtype, grad_dtype):
+    """Products of gradient and weight that are positive: nothing cancels, so the bound of State's gradients holds."""
+    states, truths, lams = [], [], [LAM, None]
+    for i, lam in enumerate(lams):
+        state = State((97, 131), weight_dtype=weight_dtype, dtype=torch.bfloat16 if i else None, seed=i)
+        state.grad = (state.grad.abs() * state.weight.sign()).to(grad_dtype)
+        truth = state.clone()
+        truth.grad = true_grad_scores(state.grad, state.weight, state.scores, lam)[0]
+        states.append(state)
+        truths.append(truth)
+    step(cuda, states, grad_penalties=lams)
+    for state, truth in zip(states, truths, strict=True):
+        check(cuda, truth, state)
+
+
+@pytest.mark.parametrize("is_of_w_eff", [False, True])
+def test_moments_in_bf16_are_those_in_fp32_rounded_by_the_hash(cuda, is_of_w_eff):
+    for number in (1.0, 7.0, 70_000.0):
+        states = [State(shape, number, DTYPES[i % 3], seed=i) for i, shape in enumerate(SIZES)]
+        states.append(State((67, 129), number, order=(1, 0)))
+        for state in states:
+            state.exp_avg = state.exp_avg.to(torch.bfloat16).float()
+            state.exp_avg_sq = state.exp_avg_sq.to(torch.bfloat16).float()
+        wide, narrow = [state.clone() for state in states], [state.clone() for state in states]
+        for state in narrow:
+            state.exp_avg = state.exp_avg.to(torch.bfloat16)
+            state.exp_avg_sq = state.exp_avg_sq.to(torch.bfloat16)
+        lams = [LAM] * len(states) if is_of_w_eff else None
+        step(cuda, wide, grad_penalties=lams)
+        step(cuda, narrow, grad_penalties=lams)
+        for a, b in zip(wide, narrow, strict=True):
+            assert torch.equal(a.scores, b.scores)
+            random = rounding_bits(a.scores.numel(), int(number))
+            for name, half in (("exp_avg", random & 0xFFFF), ("exp_avg_sq", random >> 16)):
+                stored = getattr(a, name) if a.scores.is_contiguous() else getattr(a, name).t()
+                made = getattr(b, name) if a.scores.is_contiguous() else getattr(b, name).t()
+                assert torch.equal(made.flatten(), round_to_bf16(stored.flatten(), half))
+
+
+def test_a_model_of_more_layers_than_one_launch_holds_steps_as_in_fp64(cuda):
+    states = [State((1 + i % 4, 9), 1.0 + i, seed=i) for i in range(130)]
+    after = [state.clone() for state in states]
+    step(cuda, after)
+    for i in (0, 1, 127, 128, 129):
+        check(cuda, states[i], after[i])
+
+
+def test_what_is_refused_changes_nothing(cuda):
+    state = State((70,))
+    kept = state.clone()
+    state.exp_avg_sq = state.exp_avg_sq.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="exp_avgs and exp_avg_sqs must all be float32 or all be bfloat16"):
+        step(cuda, [state])
+    state.exp_avg_sq = state.scores
+    with pytest.raises(RuntimeError, match="must not share memory with"):
+        step(cuda, [state])
+    assert torch.equal(state.scores, kept.scores)
+    with pytest.raises(RuntimeError, match=r"must have weights's strides \[1\], got \[2\]"):
+        state = State((70,))
+        state.grad = randn((140,), 1)[::2]
+        step(cuda, [state])
+    with pytest.raises(RuntimeError, match=r"beta1 and beta2 must be in \[0, 1\)"):
+        step(cuda, [State((70,))], betas=(1.0, 0.9))
+
+
+# --- packed masks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [0, 1, 7, 8, 9, 2047, 2048, 2049, 30011])
+def test_packed_masks_are_those_of_the_python_definition(cuda, num):
+    mask = torch.rand(num, generator=torch.Generator().manual_seed(num)) < 0.3
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -num % 8)).view(-1, 8)
+    wanted = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    for given in (mask, offset(mask)):
+        packed = cuda.ops.pack_mask(given)
+        assert torch.equal(packed, wanted)
+        assert torch.equal(cuda.ops.unpack_mask(packed, num), mask)
+    assert torch.equal(cuda.ops.unpack_mask(offset(wanted), num), mask)
