@@ -553,6 +553,20 @@ void linear_step(const Tensor& grad_out, const std::optional<Tensor>& grad_penal
   if (penalty_at != nullptr) *penalty_at = (float)add_up(params.partials, num_blocks);
 }
 
+// ---- random_bits
+
+void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
+  const char* op = "random_bits";
+  int64_t num_groups;
+  subnet::RandomBits params{};
+  params.out = draws_of(op, out, &num_groups);
+  params.rows = out.size(1), params.columns = out.size(2);
+  params.seed = (uint64_t)*int64_of(op, "seed", seed);
+  params.offset = (uint32_t)*int64_of(op, "offset", offset);
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(num_groups, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.random_bits(params, begin, end); });
+}
+
 // ---- pack_mask
 
 Tensor pack_mask(const Tensor& mask) {
@@ -615,6 +629,7 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
   m.def("linear_step(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor(a!) scores, Tensor(b!) exp_avg,"
         " Tensor(c!) exp_avg_sq, Tensor weight, Tensor(d!) w_eff, Tensor(e!) penalty, float step, Tensor beta,"
         " Tensor next_beta, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
+  m.def("random_bits(Tensor seed, Tensor offset, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
   m.def("fused_linear_rows() -> int");
@@ -632,6 +647,7 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("add_penalty_grad", TORCH_BOX(&add_penalty_grad));
   m.impl("mask_adamw", TORCH_BOX(&mask_adamw));
   m.impl("linear_step", TORCH_BOX(&linear_step));
+  m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

@@ -187,6 +187,26 @@ inline uint8_t* bytes_of(const char* op, const char* name, const Tensor& tensor,
   return static_cast<uint8_t*>(tensor.data_ptr());
 }
 
+// A 0-d int64 tensor's place.
+inline const int64_t* int64_of(const char* op, const char* name, const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && tensor.dim() == 0, op, ": ", name, " must be a 0-d int64 tensor");
+  return static_cast<const int64_t*>(tensor.data_ptr());
+}
+
+// Where draws [samples, rows, columns] go; `num_groups` gets how many groups of eight columns they are.
+inline uint16_t* draws_of(const char* op, const Tensor& out, int64_t* num_groups) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(out.get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_uint16() && out.dim() == 3 && out.is_contiguous(), op,
+                  ": out must be a contiguous uint16 [samples, rows, columns]");
+  *num_groups = out.numel() == 0 ? 0 : out.size(0) * out.size(1) * ceil_div(out.size(2), 8);
+  STD_TORCH_CHECK(*num_groups <= INT32_MAX, op, ": at most ", INT32_MAX, " groups of eight columns a call, got ",
+                  *num_groups, "; draw fewer samples at a time");
+  return static_cast<uint16_t*>(out.data_ptr());
+}
+
 // The bytes of a packed mask of `num` elements.
 inline uint8_t* packed_bytes_of(const char* op, const Tensor& packed, int64_t num) {
   uint8_t* bytes = bytes_of(op, "packed", packed, aoti_torch_dtype_uint8(), "uint8");

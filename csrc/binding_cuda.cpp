@@ -264,6 +264,22 @@ void mask_adamw_of_many(const std::vector<Tensor>& scores, const std::vector<Ten
   }
 }
 
+// ---- random_bits
+
+void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
+  const OnGpu on("random_bits", out);
+  on.check("seed", seed);
+  on.check("offset", offset);
+  int64_t num_groups;
+  subnet::CudaRandomBits params{};
+  params.out = draws_of(on.op, out, &num_groups);
+  params.rows = out.size(1), params.columns = out.size(2);
+  params.num_groups = (uint32_t)num_groups;
+  params.seed = int64_of(on.op, "seed", seed);
+  params.offset = int64_of(on.op, "offset", offset);
+  on.run([&](int device, void* stream) { return subnet::launch_random_bits(params, device, stream); });
+}
+
 // ---- pack_mask
 
 Tensor pack_mask(const Tensor& mask) {
@@ -309,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
   m.impl("grad_scores_of_many", TORCH_BOX(&grad_scores_of_many));
   m.impl("add_penalty_grad_of_many", TORCH_BOX(&add_penalty_grad_of_many));
   m.impl("mask_adamw_of_many", TORCH_BOX(&mask_adamw_of_many));
+  m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

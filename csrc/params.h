@@ -120,6 +120,14 @@ struct MaskAdamW {
   Dtype weight_dtype, w_eff_dtype, grad_dtype, moment_dtype;
 };
 
+// 16-bit draws for elements of masks [samples, rows, columns]; subnet_kernels/random.py has the definition.
+struct RandomBits {
+  uint16_t* out;                           // [samples, rows, columns]
+  int64_t rows, columns;
+  uint64_t seed;
+  uint32_t offset;
+};
+
 // packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.
 struct PackMask {
   const uint8_t* mask;                     // [num] bytes, 0 or not 0

@@ -13,6 +13,7 @@ from .ops.mask import mask
 from .ops.masked_conv import masked_conv2d
 from .ops.masked_linear import masked_linear
 from .packing import pack_mask, unpack_mask
+from .random import random_bits
 from .slots import Slot
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "masked_linear",
     "optim",
     "pack_mask",
+    "random_bits",
     "unpack_mask",
     "use_backend",
 ]

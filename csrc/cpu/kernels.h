@@ -31,6 +31,8 @@ struct CpuKernels {
   void (*add_penalty_grad)(const AddPenaltyGrad&, int64_t begin, int64_t end);
   // Chunks [chunk_begin, chunk_end) of kChunk weights, and their partial sums.
   void (*mask_adamw)(const MaskAdamW&, int64_t chunk_begin, int64_t chunk_end);
+  // Groups [begin, end) of eight columns, over all rows of all samples.
+  void (*random_bits)(const RandomBits&, int64_t group_begin, int64_t group_end);
   // Bytes [begin, end) of the packed mask.
   void (*pack_mask)(const PackMask&, int64_t begin, int64_t end);
   void (*unpack_mask)(const UnpackMask&, int64_t begin, int64_t end);
@@ -51,6 +53,7 @@ struct CpuKernels {
   void linear_step(const LinearGradScores&, const MaskAdamW&, int64_t, int64_t);    \
   void add_penalty_grad(const AddPenaltyGrad&, int64_t, int64_t);                   \
   void mask_adamw(const MaskAdamW&, int64_t, int64_t);                              \
+  void random_bits(const RandomBits&, int64_t, int64_t);                            \
   void pack_mask(const PackMask&, int64_t, int64_t);                                \
   void unpack_mask(const UnpackMask&, int64_t, int64_t);                            \
   }

@@ -102,6 +102,15 @@ struct CudaMaskAdamW {
 };
 const char* launch_mask_adamw(const CudaMaskAdamW& params, int device, void* stream);
 
+// RandomBits with seed and offset in memory.
+struct CudaRandomBits {
+  uint16_t* out;                          // [samples, rows, columns]
+  int64_t rows, columns;
+  uint32_t num_groups;                    // samples * rows * ceil(columns / 8)
+  const int64_t *seed, *offset;           // 0-d
+};
+const char* launch_random_bits(const CudaRandomBits& params, int device, void* stream);
+
 const char* launch_pack_mask(const PackMask& params, int device, void* stream);
 const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream);
 

@@ -1,6 +1,8 @@
 """The CUDA C++ kernels and their bindings as host functions, against fp64: indices, tails, tables, sums and arithmetic.
 What only a GPU shows (alignment faults, races, its own exp) is in test_gpu.py."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ if cuda_on_host.compiler() is None:
 pytest.importorskip("subnet_kernels._C", reason="the extension is not built")
 from tests.kernels.native_inputs import DTYPES, ROUNDOFF, assert_within, nan_like, randn
 from tests.kernels.test_native_mask_adamw import BETA, NEXT_BETA, SETTINGS, State, expected, slope_of
+from tests.kernels.test_random import PUBLISHED
 
 U = 2.0**-24
 SIGMOID, HARD = as_kind("sigmoid"), as_kind("hard")
@@ -25,6 +28,15 @@ SIZES = [(1,), (7,), (8, 1), (63,), (2047,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,
 @pytest.fixture(scope="module")
 def cuda():
     return cuda_on_host.OnHost()
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return ctypes.CDLL(str(cuda_on_host.build(cuda_on_host.FOLDER / "functions.cpp")))
+
+
+def address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def offset(tensor):
@@ -68,7 +80,8 @@ def test_hard_masks_keep_the_weight_to_the_bit_and_count(cuda):
 
 
 def test_more_layers_than_one_launch_holds_keep_their_places(cuda):
-    weights, scores = [randn((1 + i % 5, 3), i) for i in range(200)], [randn((1 + i % 5, 3), 300 + i) for i in range(200)]
+    weights = [randn((1 + i % 5, 3), i) for i in range(200)]
+    scores = [randn((1 + i % 5, 3), 300 + i) for i in range(200)]
     made, penalties = cuda.effective_weights(weights, scores, BETA, SIGMOID, [torch.float32] * 200)
     for i in (0, 95, 96, 191, 192, 199):
         m, error = mask_error(scores[i], BETA)
@@ -287,3 +300,69 @@ def test_packed_masks_are_those_of_the_python_definition(cuda, num):
         assert torch.equal(packed, wanted)
         assert torch.equal(cuda.ops.unpack_mask(packed, num), mask)
     assert torch.equal(cuda.ops.unpack_mask(offset(wanted), num), mask)
+
+
+# --- what host and device share --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.5, 200.0])
+def test_the_scalar_mask_and_its_slope_match_fp64_far_into_saturation(functions, beta):
+    scores = torch.cat([torch.linspace(-90, 90, 40_001) / beta, torch.tensor([0.0, -0.0])])
+    value, slope = torch.empty_like(scores), torch.empty_like(scores)
+    for function, out in ((functions.mask_value, value), (functions.mask_slope, slope)):
+        function(address(scores), ctypes.c_float(beta), address(out), ctypes.c_int64(len(scores)))
+    z = beta * scores.double()
+    bound = 8 * U * (1 + z.abs())
+    edge = 1e-30  # beside 2^-100, where a value becomes 0
+    true_value, true_slope = torch.sigmoid(z), slope_of(scores.double(), beta)
+    assert_within(value, true_value, bound * true_value + edge)
+    assert_within(slope, true_slope, 2 * bound * true_slope + beta * edge)
+    assert (value[z < -70] == 0).all() and (slope[z.abs() > 70] == 0).all() and (slope[z.abs() < 69] > 0).all()
+    nan = torch.tensor([float("nan")])
+    functions.mask_value(address(nan), ctypes.c_float(beta), address(nan), ctypes.c_int64(1))
+    assert nan.isnan().all()
+
+
+def test_the_scalar_hard_mask_leaves_zero_out(functions):
+    scores, out = torch.tensor([-1.0, -0.0, 0.0, 1e-40, 1.0]), torch.empty(5)
+    functions.hard_value(address(scores), address(out), ctypes.c_int64(5))
+    assert out.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_the_c_functions_of_rounding_are_those_of_the_definition(functions):
+    num = 100_003
+    values = torch.randn(num, generator=torch.Generator().manual_seed(1)) * torch.logspace(-40, 38, num)
+    values[:4] = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0])
+    bits = values.view(torch.int32)
+    for step in (0, 1, 12_345, 2**24):
+        random, made = torch.empty(num, dtype=torch.int32), torch.empty(num, dtype=torch.int32)
+        functions.rounding_bits(ctypes.c_uint32(step), address(random), ctypes.c_int64(num))
+        wanted = rounding_bits(num, step)
+        assert torch.equal(random.to(torch.int64) & 0xFFFFFFFF, wanted)
+        for half in (wanted & 0xFFFF, wanted >> 16):
+            given = half.to(torch.int32)
+            functions.round_to_bf16_bits(address(bits), address(given), address(made), ctypes.c_int64(num))
+            rounded = round_to_bf16(values, half)
+            assert torch.equal(made.to(torch.int16).view(torch.bfloat16).nan_to_num(7), rounded.nan_to_num(7))
+            assert rounded[2].isnan() and made[2] & 0x7F != 0
+
+
+def test_the_c_function_of_philox_gives_the_published_words(functions):
+    for counter, key, result in PUBLISHED:
+        given = [torch.tensor(words, dtype=torch.int64).to(torch.int32) for words in (counter, key)]
+        out = torch.empty(4, dtype=torch.int32)
+        functions.philox(address(given[0]), address(given[1]), address(out))
+        assert [int(word) & 0xFFFFFFFF for word in out] == list(result)
+
+
+@pytest.mark.parametrize("number", [1.0, 3.0, 10_000.0])
+def test_the_scalar_adamw_step_matches_fp64(functions, number):
+    before = State((70_001,), number, dtype=None)
+    after = before.clone()
+    settings = {**SETTINGS, "lam": 0.0}
+    numbers = [SETTINGS["lr"], *SETTINGS["betas"], SETTINGS["eps"], SETTINGS["weight_decay"], number]
+    given = torch.tensor(numbers, dtype=torch.float64)
+    tensors = after.scores, after.grad, after.exp_avg, after.exp_avg_sq
+    functions.adamw(address(given), *(address(t) for t in tensors), ctypes.c_int64(70_001))
+    for name, (value, bound) in expected(before, **settings).items():
+        assert_within(getattr(after, name), value, bound, name)

@@ -5,6 +5,7 @@
 #include "cuda/grad_scores.cu"
 #include "cuda/mask_adamw.cu"
 #include "cuda/pack_mask.cu"
+#include "cuda/random.cu"
 
 STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
   m.def("effective_weight(Tensor weight, Tensor scores, Tensor beta, int kind, Tensor(a!) w_eff, Tensor(b!) penalty)"
@@ -13,6 +14,7 @@ STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
         " Tensor(b!) penalties) -> ()");
   m.def("grad_scores(Tensor? grad_w_eff, Tensor? grad_penalty, Tensor weight, Tensor scores, Tensor beta, int kind,"
         " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
+  m.def("random_bits(Tensor seed, Tensor offset, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
 }
