@@ -37,8 +37,7 @@ def sizes_of(shape):
 
 
 def test_an_element_takes_its_half_word_by_row_column_sample_and_offset():
-    """Element (sample 2, row 3, column 13): counter (3, 1, 2, offset), word (13 % 8) // 2 = 2, its high half; the key is
-    the seed's halves."""
+    """Sample 2, row 3, column 13: counter (3, 1, 2, offset), word (13 % 8) // 2, high half; key: the seed's halves."""
     bits = sk.random_bits(SEED, OFFSET, (5, 4, 5), num_samples=3).to(torch.int64).view(3, 5, 20)
     drawn = philox4x32(words(3, 1, 2, 7), words(0x9ABCDEF0, 0x12345678))
     assert bits[2, 3, 13] == int(drawn[2]) >> 16
