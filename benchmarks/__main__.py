@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time (busy machine, one thread)")
     add("--quick", action="store_true", help="small cases, few rounds, no torch.compile")
     add("--out", type=Path, nargs="+", default=[], help="files to write: .csv, .json, .png (a plot)")
-    add("--tune", action="store_true", help="instead: time the tiles of the Triton products, write this GPU's table")
+    add("--tune", action="store_true", help="instead: time tiles and backends, write this GPU's table")
     add("--record", action="store_true", help="write benchmarks/results/<device>/<suite>_<n>threads.csv and .json")
     args = parser.parse_args(argv)
     if any(path.suffix not in (".csv", ".json", ".png") for path in args.out):

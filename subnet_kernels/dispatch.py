@@ -1,4 +1,5 @@
-"""Which backend runs a call: the first, in the device's order of preference, that does not refuse.
+"""Which backend runs a call: the first, in the device's order of preference, that does not refuse. On a GPU the order
+is what was measured there (tables/<gpu>.json, as data); before any measurement it is the one given here.
 
 Nothing is probed at import; no environment variable steers anything. :func:`use_backend` forces one for a block of
 code, :func:`explain` says in words what would run and why the others would not.
@@ -18,7 +19,7 @@ from .backends.base import Backend, Call
 from .backends.cuda import CudaBackend
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
-from .backends.triton import TritonBackend
+from .backends.triton import TritonBackend, rules
 
 BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
@@ -30,6 +31,11 @@ _ORDER: dict[str, tuple[Backend, ...]] = {
     "cpu": (BACKENDS["cpu"], BACKENDS["reference"]),
     "cuda": (BACKENDS["cuda"], BACKENDS["triton"], BACKENDS["reference"]),
 }
+# First on a GPU that nobody measured. Where a call is one pass over memory: cuda, because its kernels are compiled
+# ahead of time (no compiler at the first call, nothing to load in a capture) and take their table of addresses as an
+# argument (a captured step stays one launch). Where it has a product: triton, because its rules choose by shape between
+# what is done inside a product and the vendor's, and it serves more of the cases.
+_WITH_PRODUCT = ("masked_linear", "masked_conv2d", "linear_step")
 _OTHER_DEVICES: tuple[Backend, ...] = (BACKENDS["reference"],)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("subnet_kernels_backend", default=None)
@@ -67,6 +73,32 @@ def forced_backend() -> str | None:
     return _forced.get()
 
 
+def _first_on_gpu(call: Call) -> str:
+    """The backend that is asked first. Plans that keep no effective weight are not measured apart: a backward pass that
+    is given none finds the same backend as the forward pass."""
+    if call.plan in (None, "cached") and torch.cuda.is_available():
+        dtype = str(call.compute_dtype).removeprefix("torch.")
+        measured = rules.preferred_backends(torch.cuda.get_device_name())
+        if (name := measured.get((call.op, dtype, call.num_weights))) in BACKENDS:
+            return name
+    return "triton" if call.op in _WITH_PRODUCT else "cuda"
+
+
+def order_of(call: Call) -> tuple[Backend, ...]:
+    """The backends that are asked, in their order."""
+    order = _ORDER.get(call.device, _OTHER_DEVICES)
+    if call.device != "cuda":
+        return order
+    first = BACKENDS[_first_on_gpu(call)]
+    return (first, *(backend for backend in order if backend is not first))
+
+
+def forget_choices() -> None:
+    """Choose anew: after a table was written."""
+    _choose.cache_clear()
+    _choose_by_facts.cache_clear()
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(call: Call, name: str | None) -> Backend:
     if name is not None:
@@ -75,7 +107,7 @@ def _choose(call: Call, name: str | None) -> Backend:
         if reason is not None:
             raise BackendRefused(f"backend {name!r} refused {call.op}: {reason}")
         return backend
-    for backend in _ORDER.get(call.device, _OTHER_DEVICES):
+    for backend in order_of(call):
         if backend.refuse(call) is None:
             return backend
     raise AssertionError("the reference backend refuses nothing")
@@ -94,9 +126,10 @@ def choose(call: Call, name: str | None = None) -> Backend:
 @functools.lru_cache(maxsize=4096)
 def _choose_by_facts(
     op: str, device: str, weight_dtype: torch.dtype, compute_dtype: torch.dtype, kind: str, plan: str | None,
-    num_dims: int, is_same_shape: bool, name: str | None,
+    num_dims: int, is_same_shape: bool, num_weights: int, name: str | None,
 ) -> Backend:
-    return _choose(Call(op, device, weight_dtype, compute_dtype, kind, plan, num_dims, is_same_shape), name)
+    call = Call(op, device, weight_dtype, compute_dtype, kind, plan, num_dims, is_same_shape, num_weights)
+    return _choose(call, name)
 
 
 def choose_for(
@@ -104,16 +137,17 @@ def choose_for(
     name: str | None = None,
 ) -> Backend:
     """:func:`choose` for a call with these (checked) tensors; the cheap way, for every forward pass."""
+    num = weight.numel()
     return _choose_by_facts(
-        op, weight.device.type, weight.dtype, compute_dtype, kind, plan, weight.dim(),
-        weight.numel() == scores.numel(), name or _forced.get(),
+        op, weight.device.type, weight.dtype, compute_dtype, kind, plan, weight.dim(), num == scores.numel(),
+        rules.bucket(num) if weight.is_cuda else 0, name or _forced.get(),
     )  # fmt: skip
 
 
 def describe(call: Call, name: str | None = None, plan_of: Callable[[Backend], str] | None = None) -> str:
     """The decision for ``call`` in words, one line per backend. plan_of: the plan that a backend would choose."""
     name = name or _forced.get()
-    order = list(_ORDER.get(call.device, _OTHER_DEVICES))
+    order = list(order_of(call))
     candidates = order if name is None else [BACKENDS[_check_name(name)]]
     others = [b for b in BACKENDS.values() if b not in candidates]
     chosen: Backend | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .backends.base import Call
+from .backends.triton.rules import bucket
 from .dispatch import describe
 from .ops import checks
 
@@ -47,7 +48,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     kind = checks.check_kind(op, kwargs.get("kind", "sigmoid"))
     call = Call(
         op, weight.device.type, weight.dtype, compute, kind.name, kwargs.get("plan"), weight.dim(),
-        weight.shape == scores.shape,
+        weight.shape == scores.shape, bucket(weight.numel()) if weight.is_cuda else 0,
     )  # fmt: skip
     note = ""
     if weight.shape == scores.shape and weight.stride() != scores.stride():

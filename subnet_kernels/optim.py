@@ -343,7 +343,8 @@ class MaskAdamW(torch.optim.AdamW):
             or known.exp_avg is not entry.exp_avg or known.exp_avg_sq is not entry.exp_avg_sq
         ):  # fmt: skip
             masked = masked_of(param)
-            backend = None if masked is None else _backend_of(entry, masked)
+            op = "linear_step" if self.in_backward and param.dim() == 2 else "mask_adamw"
+            backend = None if masked is None else _backend_of(entry, masked, op)
             state = entry.exp_avg, entry.exp_avg_sq, entry.step
             known = _Known(param, *state, _num_bindings, forced, masked, backend, param.stride())
             self._known[id(param)] = known
@@ -392,7 +393,7 @@ class _Entry(NamedTuple):
     step: Tensor
 
 
-def _backend_of(entry: _Entry, masked: Masked) -> Backend | None:
+def _backend_of(entry: _Entry, masked: Masked, op: str) -> Backend | None:
     """The backend whose kernel steps these scores, given a gradient of their dtype and strides; None: torch's AdamW."""
     param = entry.param
     if not masked.kind.is_trainable:
@@ -407,7 +408,7 @@ def _backend_of(entry: _Entry, masked: Masked) -> Backend | None:
         or not is_dense(weight)
     ):  # fmt: skip
         return None
-    backend = choose_for("mask_adamw", weight, param, masked.kind.name, weight.dtype)
+    backend = choose_for(op, weight, param, masked.kind.name, weight.dtype)
     return backend if backend.has_mask_adamw else None
 
 

@@ -30,7 +30,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """The four words of Philox4x32-10 for counters and keys that broadcast; all int64 tensors of values in [0, 2^32)."""
+    """The four words of Philox4x32-10; counters and keys broadcast and are int64 tensors of values in [0, 2^32)."""
     a, b, c, d = counter
     low, high = key
     for _ in range(NUM_ROUNDS):

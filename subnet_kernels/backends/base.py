@@ -36,6 +36,7 @@ class Call(NamedTuple):
     plan: str | None = None
     num_dims: int = 2
     is_same_shape: bool = True
+    num_weights: int = 0  # up to the next power of two; 0 where it does not matter
 
 
 class ConvArgs(NamedTuple):

@@ -186,7 +186,8 @@ def _backward_implementation(
     w_eff: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int, kind: str,
     params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, None, backend)
+    plan = "recompute" if w_eff is None else None  # as the forward pass asked, so that the same backend is found
+    chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, plan, backend)
     grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_conv2d_backward(
         grad_out, grad_penalty, x, weight, scores, beta, w_eff, _args(stride, padding, dilation, groups),
         as_kind(kind, params), Needs(*needs),

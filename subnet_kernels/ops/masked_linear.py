@@ -167,7 +167,8 @@ def _backward_implementation(
     grad_out: Tensor, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor,
     w_eff: Tensor | None, kind: str, params: list[float], key: Tensor | None, backend: str | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, None, backend)
+    plan = "recompute" if w_eff is None else None  # as the forward pass asked, so that the same backend is found
+    chosen = choose_for("masked_linear", weight, scores, kind, x.dtype, plan, backend)
     grad_x, grad_weight, grad_scores, grad_bias = chosen.masked_linear_backward(
         grad_out, grad_penalty, x, weight, scores, beta, w_eff, as_kind(kind, params), Needs(*needs)
     )

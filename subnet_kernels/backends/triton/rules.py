@@ -78,13 +78,30 @@ class Measured:
 
 
 def bucket(m: int) -> int:
-    """Rows are looked up by the next power of two."""
+    """Rows (for the choice of a backend, weights) are looked up by the next power of two."""
     return 1 << max(m - 1, 0).bit_length()
 
 
 def table_path(name: str) -> Path:
     """Where the table of the GPU of that name is, if there is one."""
     return TABLES / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+@functools.cache
+def preferred_backends(name: str) -> dict[tuple[str, str, int], str]:
+    """The backend that was measured to be the fastest on the GPU of that name, by op, dtype and bucket of weights.
+
+    Raises:
+        ValueError: the file can't be read as a table.
+    """
+    path = table_path(name)
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text()).get("backends", [])
+        return {(e["op"], e["dtype"], e["num_weights"]): e["backend"] for e in entries}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a table of backends ({error!r}); write it anew: subnets bench --tune") from None
 
 
 @functools.cache
@@ -268,4 +285,5 @@ def forget_decisions() -> None:
 def forget() -> None:
     """Read tables and decide anew: after a table was written."""
     table.cache_clear()
+    preferred_backends.cache_clear()
     forget_decisions()
