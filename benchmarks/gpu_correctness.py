@@ -22,7 +22,7 @@ from subnet_kernels.ops.effective_weight import effective_weights_raw
 
 Check = tuple[str, float]  # what was checked, worst error / allowed error
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # should time run out, bf16 is done
-BLOCK = 8192  # weights per thread block of the CUDA kernel: sizes around it are where its bounds could be wrong
+BLOCK = 4096  # weights per thread block of the CUDA kernel: sizes around it are where its bounds could be wrong
 LAYER_SIZES = (
     (1,), (3,), (7, 1), (127,), (31, 33), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (0, 5), (257, 389), (64, 3, 3, 3),
 )  # fmt: skip

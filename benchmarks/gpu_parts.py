@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import cases, gpu_correctness
+from subnet_kernels.dispatch import BACKENDS
+
+from . import cases, gpu_correctness, gpu_cuda
 from .models import MODEL_CASES, make_trainers, run_model
 from .rows import ROOT, Row
 from .runner import Settings, free_memory, run_kernel, run_layer
@@ -59,6 +61,10 @@ def correctness(check: Check) -> None:
         return check.skip("graph replay, refusals and the triton backend", "dry run")
     check.take(gpu_correctness.refusal_check(check.device))
     check.take(gpu_correctness.graph_check("cuda", check.device, check.seed))
+    check.say("  cuda backend")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check.take(gpu_cuda.cuda_checks(check.device, check.seed))
+        check.take(gpu_cuda.layer_checks(check.device, check.seed))
     check.say("  triton backend")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_correctness.triton_checks(check.device, check.seed))
@@ -241,6 +247,18 @@ def profile(check: Check) -> None:
     (check.out / "profile.txt").write_text("\n\n".join(tables) + "\n")
 
 
+def optimizer(check: Check) -> None:
+    """The optimizer's pass over memory on each backend and torch's fused AdamW, beside the copy bandwidth."""
+    names, sizes = ("cuda", "triton"), (512 * 128, 3072 * 768, 4096 * 11008, 8192 * 28672)
+    if check.device == "cpu":
+        names, sizes = ("cpu",), (4096,)
+    for num in sizes:
+        backends = tuple(BACKENDS[name] for name in names)
+        check.rows += gpu_cuda.run_adamw(num, _settings(check), check.ceilings, backends)
+        free_memory(check.device)
+        check.save()
+
+
 def conv(check: Check) -> None:
     """ResNet-18's convolutions, channels_last first; not compiled: the model's step is."""
     chosen = cases.GPU_CONV_CASES
@@ -293,6 +311,7 @@ PARTS = (
     Part("tests", tests, 10, 60),
     Part("sanitizer", sanitizer, 10, 30),
     Part("ceilings", ceilings, 10, 30),
+    Part("optimizer", optimizer, 15, 40),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
     Part("stretch", stretch, 20, 120),
@@ -309,6 +328,7 @@ def sanitizer_script(seed: int) -> int:
     """What runs under compute-sanitizer: the kernels' checks, small."""
     checks = [
         *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
+        *gpu_cuda.cuda_checks("cuda", seed),
         *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
         *gpu_correctness.step_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
     ]

@@ -1,5 +1,5 @@
-"""``subnets bench --tune``: at named shapes on this GPU, time the tiles of the Triton products and the backends op by op,
-and write its table.
+"""``subnets bench --tune``: at named shapes on this GPU, time the tiles of the Triton products and the backends op by
+op, and write its table.
 
 Every candidate runs through the ordinary call, as a CUDA graph, after its result was compared with the vendor's; the
 best and the time of the plan without our kernel go to subnet_kernels/backends/triton/tables/<gpu>.json, which

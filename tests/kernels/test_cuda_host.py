@@ -6,6 +6,7 @@ import ctypes
 import pytest
 import torch
 
+from benchmarks import gpu_cuda
 from subnet_kernels.backends.base import AdamW
 from subnet_kernels.masks import as_kind
 from subnet_kernels.rounding import round_to_bf16, rounding_bits
@@ -366,3 +367,14 @@ def test_the_scalar_adamw_step_matches_fp64(functions, number):
     functions.adamw(address(given), *(address(t) for t in tensors), ctypes.c_int64(70_001))
     for name, (value, bound) in expected(before, **settings).items():
         assert_within(getattr(after, name), value, bound, name)
+
+
+# --- the checks of gpu_check -----------------------------------------------------------------------------------------
+
+
+def test_the_checks_that_run_on_a_gpu_pass_on_the_host_functions(cuda):
+    checks = [*gpu_cuda.grad_scores_checks("cpu", 0, cuda), *gpu_cuda.step_checks("cpu", 0, cuda)]
+    checks += gpu_cuda.bit_checks("cpu", 0)  # of the CPU's own kernels here
+    assert len(checks) == 10 + 24 + 19
+    assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
+    assert max(ratio for name, ratio in checks if "step" in name) > 0.01  # it does measure
