@@ -32,9 +32,9 @@ _ORDER: dict[str, tuple[Backend, ...]] = {
     "cuda": (BACKENDS["cuda"], BACKENDS["triton"], BACKENDS["reference"]),
 }
 # First on a GPU that nobody measured. Where a call is one pass over memory: cuda, because its kernels are compiled
-# ahead of time (no compiler at the first call, nothing to load in a capture) and take their table of addresses as an
-# argument (a captured step stays one launch). Where it has a product: triton, because its rules choose by shape between
-# what is done inside a product and the vendor's, and it serves more of the cases.
+# ahead of time (no compiler at the first call) and take their table of addresses as an argument (a captured step stays
+# one launch). Where it has a product: triton, because its rules choose by shape between what is done inside a product
+# and the vendor's, and it serves more of the cases.
 _WITH_PRODUCT = ("masked_linear", "masked_conv2d", "linear_step")
 _OTHER_DEVICES: tuple[Backend, ...] = (BACKENDS["reference"],)
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import subnet_kernels as sk
+from benchmarks import gpu_cuda
 from subnet_kernels.backends import native
+from subnet_kernels.dispatch import BACKENDS as BACKENDS_BY_NAME
 from subnet_kernels.testing import conv_case, linear_case, ours, worst_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch can use no GPU here")]
@@ -33,6 +35,31 @@ def test_cuda_effective_weights_of_odd_sizes_are_within_the_error_bound_and_repe
         assert ((a.double() - true).abs() <= 1.001 * u * true.abs() + 6e-8).all()
     total = sum(torch.sigmoid(3 * s.double()).sum().item() for s in scores)
     assert penalty.item() == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["triton", pytest.param("cuda", marks=needs_cuda_kernels)])
+def test_steps_and_score_gradients_of_many_tensors_are_within_their_bounds_and_repeat_bit_for_bit(name):
+    checks = [*gpu_cuda.grad_scores_checks("cuda", 0, BACKENDS_BY_NAME[name])]
+    checks += gpu_cuda.step_checks("cuda", 0, BACKENDS_BY_NAME[name])
+    assert {what: ratio for what, ratio in checks if not ratio <= 1} == {}
+
+
+@needs_cuda_kernels
+def test_packed_masks_and_random_bits_are_those_of_plain_pytorch():
+    assert {what: ratio for what, ratio in gpu_cuda.bit_checks("cuda", 0) if not ratio <= 1} == {}
+
+
+@needs_cuda_kernels
+def test_a_replayed_graph_draws_by_the_seed_and_offset_of_now():
+    seed, offset = torch.tensor(5, device="cuda"), torch.tensor(0, device="cuda")
+    sk.random_bits(seed, offset, (67, 129))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = sk.random_bits(seed, offset, (67, 129))
+        offset += 1
+    for i in range(3):
+        graph.replay()
+        assert torch.equal(drawn.cpu().to(torch.int32), sk.random_bits(5, i, (67, 129)).to(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,7 +103,7 @@ def test_scores_beta_and_planted_weights_follow_the_model_and_hold_there():
 
 # --- steps captured as CUDA graphs -----------------------------------------------------------------------------------
 
-BACKENDS = ["triton", "reference"]
+BACKENDS = ["triton", pytest.param("cuda", marks=needs_cuda_kernels), "reference"]
 
 
 class Training:
