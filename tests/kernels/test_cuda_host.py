@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_cuda
+from subnet_kernels import dispatch
 from subnet_kernels.backends.base import AdamW
 from subnet_kernels.masks import as_kind
 from subnet_kernels.rounding import round_to_bf16, rounding_bits
@@ -286,6 +287,48 @@ def test_what_is_refused_changes_nothing(cuda):
         step(cuda, [state])
     with pytest.raises(RuntimeError, match=r"beta1 and beta2 must be in \[0, 1\)"):
         step(cuda, [State((70,))], betas=(1.0, 0.9))
+
+
+@pytest.mark.parametrize("options", [{}, {"moment_dtype": torch.bfloat16}, {"in_backward": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_trains_through_dispatch_as_on_the_cpu_backend(cuda, monkeypatch, dtype, options):
+    from subnets import mask_model
+
+    steps = []
+    step = cuda_on_host.OnHost.mask_adamw_
+
+    def counted(self, scores, *rest):
+        steps.append(len(scores))
+        return step(self, scores, *rest)
+
+    monkeypatch.setattr(cuda_on_host.OnHost, "mask_adamw_", counted)
+
+    def trained(backend):
+        monkeypatch.setitem(dispatch._ORDER, "cpu", (backend, dispatch.BACKENDS["reference"]))
+        dispatch.forget_choices()
+        torch.manual_seed(0)
+        conv, linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 5)
+        model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear)
+        masks = mask_model(model.to(dtype))
+        optimizer = masks.adamw(lr=0.02, lam=1e-3, **options)
+        masks.anneal(to=20, steps=8)
+        for i in range(8):
+            (model(randn((4, 3, 7, 7), i).to(dtype)).float() - 3).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            masks.check_fresh()
+        return [scores.detach().clone() for scores in masks.scores().values()]
+
+    try:
+        on_cpu, on_host = trained(dispatch.BACKENDS["cpu"]), trained(cuda)
+    finally:
+        monkeypatch.undo()
+        dispatch.forget_choices()
+    assert sum(steps) == 16
+    far = 1e-3 if options.get("moment_dtype") or dtype == torch.bfloat16 else 1e-5  # a bf16 may round the other way
+    for a, b in zip(on_cpu, on_host, strict=True):
+        assert a.max() - a.min() > 0.2  # it did train
+        assert (a - b).abs().max() < far
 
 
 # --- packed masks ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from subnet_kernels.backends.base import Call
 from subnet_kernels.backends.cuda import CudaBackend
 
 FOLDER, ROOT = Path(__file__).parent, Path(__file__).parents[3]
@@ -64,3 +65,6 @@ class OnHost(CudaBackend):
         super().__init__()
         load()
         self.ops = torch.ops.subnet_on_host
+
+    def refuse(self, call: Call) -> str | None:
+        return None if call.is_same_shape and call.plan != "fused" else "not served"
