@@ -9,9 +9,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # where there is a C++ compiler, a missing extension is a failure, not a reason to skip its tests
 REQUIRE := $(if $(shell command -v $${CXX:-g++}),--require-backend cpu)
 IS_LINUX := $(filter Linux,$(shell uname))  # there is no Triton elsewhere
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: help setup demo test test-triton36 lint bench docs gpu-check clean
+.PHONY: help setup demo test test-triton36 lint bench docs cutlass-headers gpu-check clean
 
 help:
 	@echo "make setup      create .venv, install pinned versions, build the extension"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make bench      the benchmarks, against eager PyTorch, torch.compile, nn.Linear and NeuroSurgeon"
 	@echo "make docs       check that the code in the docs runs and that their links lead somewhere"
+	@echo "make cutlass-headers  copy CUTLASS's headers to build/cutlass, for a GPU machine without network"
 	@echo "make gpu-check  build, test and measure on a GPU machine; results in OUT=folder, PARTS=some,parts"
 
 setup: .venv/.done
@@ -32,7 +33,10 @@ setup: .venv/.done
 	@$(PIP) install -q -c constraints.txt torch
 	@echo "== 3/4 libraries and tools"
 	@$(PIP) install -q -c constraints.txt setuptools wheel ninja numpy
-	@echo "== 4/4 this package, with its C++ extension (a minute; more where nvcc is installed)"
+	@# headers alone: what else the package asks for is of its generator
+	@if command -v nvcc > /dev/null || test -n "$$CUDA_HOME"; then \
+		$(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass; fi
+	@echo "== 4/4 this package, with its C++ extension (a minute; ten where nvcc is installed)"
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@$(BIN)/subnets doctor
 	@touch .venv/.done
@@ -59,6 +63,12 @@ bench: setup
 
 docs: setup
 	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py
+
+# copies CUTLASS's headers to where a build looks that has no package: for machines without network
+cutlass-headers: setup
+	@rm -rf build/cutlass && mkdir -p build/cutlass
+	@cp -r "$$($(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; \
+		print(Path(find_spec("cutlass_library").origin).parent / "source")')/include" build/cutlass/include
 
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --parts "$(PARTS)"

@@ -2,7 +2,8 @@
 
 One file, subnet_kernels/_C.abi3.so, serves Python >= 3.10 and PyTorch >= 2.11 (LibTorch stable ABI). The CPU part needs
 g++ (or $CXX); csrc/cuda is added where nvcc is found ($CUDA_HOME/bin or PATH), which needs no GPU and no CUDA build of
-PyTorch. Without PyTorch or without a compiler the package is built without the extension and runs on its reference.
+PyTorch, and csrc/cuda/gemm where the headers of CUTLASS are found too. Without PyTorch or without a compiler the
+package is built without the extension and runs on its reference.
 """
 
 import os
@@ -25,6 +26,23 @@ CPU_CAPABILITIES = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 CUDA_ARCHS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+# The products on CUTLASS: kernel -> (source in csrc/cuda/gemm, dtypes of factors and weight, tile). Up to a minute of
+# compiler each. sm_90a code runs on compute capability 9.0 alone, sm_80's anywhere from 8.0 on.
+GEMMS = {
+    "sm90_bf16_pingpong": ("score_gradient_sm90", "bf16", "bf16", "pingpong"),
+    "sm90_bf16_wide": ("score_gradient_sm90", "bf16", "bf16", "wide"),
+    "sm90_bf16_stream_k": ("score_gradient_sm90", "bf16", "bf16", "stream_k"),
+    "sm90_fp16_pingpong": ("score_gradient_sm90", "fp16", "fp16", "pingpong"),
+    "sm90_bf16_fp32_pingpong": ("score_gradient_sm90", "bf16", "fp32", "pingpong"),
+    "sm80_bf16_stream_k": ("score_gradient_sm80", "bf16", "bf16", "stream_k"),
+    "sm80_fp16_stream_k": ("score_gradient_sm80", "fp16", "fp16", "stream_k"),
+    "sm80_bf16_fp32_stream_k": ("score_gradient_sm80", "bf16", "fp32", "stream_k"),
+}
+GEMM_ARCHS = {
+    "sm90": ["arch=compute_90a,code=sm_90a"],
+    "sm80": ["arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"],
+}
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -cudart=static".split()
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-psabi".split()
 
 
@@ -40,12 +58,37 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
-def object_commands(cxx: list[str], nvcc: str | None, torch_dir: Path, out: Path) -> dict[str, list[str]]:
+def find_cutlass() -> Path | None:
+    """Where CUTLASS's headers are: in $CUTLASS_HOME, the package nvidia-cutlass, or build/cutlass, a copy for machines
+    without network."""
+    spec = find_spec("cutlass_library")
+    places = [Path(spec.origin).parent / "source"] if spec and spec.origin else []
+    home = os.environ.get("CUTLASS_HOME")
+    for place in [Path(home)] if home else [*places, Path("build/cutlass")]:
+        if (place / "include" / "cutlass" / "cutlass.h").is_file():
+            return (place / "include").resolve()
+    return None
+
+
+def gemm_command(nvcc: str, cutlass: Path, kernel: str) -> list[str]:
+    source, dtype, weight_dtype, tile = GEMMS[kernel]
+    archs = [part for arch in GEMM_ARCHS[kernel.split("_")[0]] for part in ("-gencode", arch)]
+    names = {"KERNEL": kernel, "DTYPE": dtype, "WEIGHT_DTYPE": weight_dtype, "TILE": tile}
+    return [
+        nvcc, *NVCC_FLAGS, "-DNDEBUG", "--expt-relaxed-constexpr", "-isystem", str(cutlass), *archs,
+        *(f"-DSUBNET_{name}={value}" for name, value in names.items()), "-MD", "-c", f"csrc/cuda/gemm/{source}.cu",
+    ]  # fmt: skip
+
+
+def object_commands(
+    cxx: list[str], nvcc: str | None, cutlass: Path | None, torch_dir: Path, out: Path
+) -> dict[str, list[str]]:
     """Object file -> the command that makes it."""
     is_x86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
     defines = ["-DSUBNET_X86"] if is_x86 else []
     torch_flags = [f"-isystem{torch_dir}/include", f"-isystem{sysconfig.get_path('include')}"]
-    bindings = ["binding", *(["binding_cuda"] if nvcc else [])]
+    gemms = GEMMS if nvcc and cutlass else {}
+    bindings = ["binding", *(["binding_cuda"] if nvcc else []), *(["binding_gemm"] if gemms else [])]
     commands = {
         **{f"{out}/{name}.o": [*cxx, *CXX_FLAGS, *defines, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *torch_flags,
                                "-c", f"csrc/{name}.cpp"] for name in bindings},
@@ -64,10 +107,26 @@ def object_commands(cxx: list[str], nvcc: str | None, torch_dir: Path, out: Path
         archs = [part for arch in CUDA_ARCHS for part in ("-gencode", arch)]
         for source in sorted(Path("csrc/cuda").glob("*.cu")):
             commands[f"{out}/{source.stem}.cuda.o"] = [
-                nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", *archs,
-                "-c", str(source),
+                nvcc, *NVCC_FLAGS, *archs, "-c", str(source),
             ]  # fmt: skip
+    if nvcc and cutlass:  # first, as they take longest
+        slow = {f"{out}/{kernel}.gemm.o": gemm_command(nvcc, cutlass, kernel) for kernel in gemms}
+        commands = slow | commands
     return {target: [*command, "-o", target] for target, command in commands.items()}
+
+
+def compile_object(target: str, command: list[str]) -> None:
+    """Run the command that makes an object file; one with -MD, which takes minutes, only where something it read is
+    newer than what it made."""
+    listed, last = Path(target).with_suffix(".d"), Path(target).with_suffix(".command")
+    if "-MD" in command and listed.exists() and last.exists() and last.read_text() == shlex.join(command):
+        read = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+        made = os.path.getmtime(target) if os.path.exists(target) else 0.0
+        if all(os.path.exists(name) and os.path.getmtime(name) <= made for name in read):
+            return
+    last.unlink(missing_ok=True)
+    subprocess.run(command, check=True)
+    last.write_text(shlex.join(command))
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:
@@ -108,9 +167,9 @@ class BuildExtension(build_ext):
         nvcc = find_nvcc()
         out = Path(self.build_temp)
         out.mkdir(parents=True, exist_ok=True)
-        commands = object_commands(cxx, nvcc, torch_dir, out)
+        commands = object_commands(cxx, nvcc, find_cutlass() if nvcc else None, torch_dir, out)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(lambda command: subprocess.run(command, check=True), commands.values()):
+            for _ in pool.map(compile_object, commands, commands.values()):
                 pass
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

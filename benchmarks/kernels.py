@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import subnet_kernels
+from subnet_kernels.backends import cuda_gemm
 from subnet_kernels.backends.base import AdamW, Backend, Call
-from subnet_kernels.dispatch import choose, choose_for
+from subnet_kernels.dispatch import BACKENDS, choose, choose_for
 from subnet_kernels.masks import as_kind
 from subnet_kernels.ops.effective_weight import effective_weights_raw
 from subnet_kernels.testing import Stepped, adamw_in_fp64, error_bound, grad_of_step
@@ -202,8 +203,14 @@ def _score_gradient(case: KernelCase, device: str) -> Problem:
         "ours": lambda: ours(backend.linear_grad_scores),
         "ours_flat": lambda: ours(functools.partial(Backend.linear_grad_scores, backend)),
     }  # fmt: skip
-    if backend.name == "triton":  # also where dispatch takes the vendor's product: is its limit right?
-        functions["ours_fused"] = lambda: ours(functools.partial(backend.linear_grad_scores, is_fused=True))
+    triton = BACKENDS["triton"]  # also where dispatch takes the vendor's product: is its limit right?
+    if triton.refuse(Call("masked_linear", device, dtype, dtype, KIND.name)) is None:
+        functions["ours_fused"] = lambda: ours(functools.partial(triton.linear_grad_scores, is_fused=True))
+    if device == "cuda" and cuda_gemm.refusal(grad_out, x, weight, scores) is None:
+        for kernel in cuda_gemm.served(x.dtype, weight.dtype, cuda_gemm.gpu(x.device.index), cuda_gemm.kernels()):
+            functions[f"ours_{kernel}"] = lambda kernel=kernel: [
+                cuda_gemm.score_gradient(grad_out, x, lam, weight, scores, beta, kernel)
+            ]
     num_bytes = (m * n + m * k + n * k) * dtype.itemsize + n * k * 8
     return Problem(functions, truth, num_bytes, lambda i: dtype, f"backend {backend.name}", 2.0 * m * n * k)
 

@@ -255,7 +255,7 @@ def run_kernel(case: KernelCase, settings: Settings, ceilings: Ceilings) -> list
     problem = kernels.make_problem(case, settings.device)
     ours = ("ours", "ours_buffer", "ours_fused", "ours_flat", "ours_bf16")
     wanted = ("eager", "mm", *ours, *settings.baselines)  # gates need eager
-    problem.functions = {name: f for name, f in problem.functions.items() if name in wanted}
+    problem.functions = {n: f for n, f in problem.functions.items() if n in wanted or n.startswith("ours_sm")}
     worst = kernels.gate(problem, settings.broke(case.name))
     functions = dict(problem.functions)
     peaks = {}

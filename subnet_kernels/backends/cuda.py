@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskKind
+from . import cuda_gemm
 from .base import KIND_CODES, AdamW, Call
 from .layout import aligned, is_dense, with_strides_of
 from .native import ExtensionBackend, has_cuda_kernels
@@ -81,3 +82,15 @@ class CudaBackend(ExtensionBackend):
         )  # fmt: skip
         written = [tensor for slot in slots if slot is not None for tensor in slot]
         _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])
+
+    def linear_grad_scores(
+        self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
+        beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool, is_fused: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if grad_out is not None and x is not None and needs_scores and not needs_weight and kind.name == "sigmoid":
+            kernel, _ = cuda_gemm.kernel_for(grad_out, x, weight, scores)
+            if kernel is not None:
+                return cuda_gemm.score_gradient(grad_out, x, grad_penalty, weight, scores, beta, kernel), None
+        return super().linear_grad_scores(  # the vendor's product and a pass over it
+            grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight, is_fused
+        )

@@ -1,16 +1,12 @@
-"""Compiles every Triton kernel with every shipped config for sm_80 and sm_90, without a GPU, and says what came out.
-
-    python -m tests.kernels.triton_ahead        # writes tests/kernels/triton_kernels.csv anew
-"""
+"""Compiles every Triton kernel with every shipped config for sm_80 and sm_90, without a GPU, and says what came out."""
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,8 @@ from subnet_kernels.backends.triton import (
     score_gradient,
     units,
 )
+from tests.kernels.compiled_table import Row, products_of
 
-TABLE = Path(__file__).with_name("triton_kernels.csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = (80, 90)
 ODD = "odd sizes"  # no size or stride is known to be a multiple of 16
@@ -56,20 +52,6 @@ class Build:
     @property
     def name(self) -> str:
         return self.kernel.__name__ + (f" ({self.label})" if self.label else "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out. products: "wgmma" and where its left operand lies, "mma", or "fma"."""
-
-    kernel: str
-    dtype: str
-    arch: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    products: str
-    is_serialised: bool
 
 
 def builds() -> Iterator[Build]:
@@ -274,7 +256,7 @@ def compile_ahead(build: Build, arch: int) -> Row:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled, report = _assemble(compiled.asm["ptx"], arch)
     return Row(
-        build.name, build.dtype, arch, registers, spilled, compiled.metadata.shared,
+        "triton", build.name, build.dtype, arch, registers, spilled, compiled.metadata.shared,
         _products(compiled.asm["cubin"]) if build.is_gemm else "", "C7515" in report or "serialized" in report,
     )  # fmt: skip
 
@@ -297,25 +279,4 @@ def _products(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         text = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-    wgmma = re.findall(r"HGMMA\.\S+ R\d+, (\S+?)[,.]", text)
-    if wgmma:
-        return "wgmma from registers" if all(left.startswith("R") for left in wgmma) else "wgmma from shared memory"
-    return "mma" if re.search(r"\bHMMA\.", text) else "fma"
-
-
-def read_table() -> list[dict[str, str]]:
-    with TABLE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def main() -> None:
-    rows = [asdict(compile_ahead(build, arch)) for build in builds() for arch in ARCHS]
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(TABLE.read_text(), end="")
-
-
-if __name__ == "__main__":
-    main()
+    return products_of(text)

@@ -1,0 +1,194 @@
+"""The CUDA backend's matrix products on CUTLASS: their epilogue on the host, and which of them would serve a call."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from subnet_kernels import dispatch
+from subnet_kernels.backends import cuda_gemm
+from subnet_kernels.backends.cuda_gemm import Gpu, choose, refusal, served
+from subnet_kernels.masks import as_kind
+
+ROOT = Path(__file__).parents[2]
+H200, A100, L40 = Gpu(90, 132), Gpu(80, 108), Gpu(89, 142)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ALL = (
+    "sm90_bf16_pingpong", "sm90_bf16_wide", "sm90_bf16_stream_k", "sm90_fp16_pingpong", "sm90_bf16_fp32_pingpong",
+    "sm80_bf16_stream_k", "sm80_fp16_stream_k", "sm80_bf16_fp32_stream_k",
+)  # fmt: skip
+EPILOGUE = """
+#include "cuda/gemm/score_gradient_epilogue.h"
+struct Four {
+  using Element = float;
+  static constexpr int kElements = 4;
+  float at[4];
+  float& operator[](int i) { return at[i]; }
+  float operator[](int i) const { return at[i]; }
+};
+extern "C" void epilogue(const float* product, const float* weight, const float* scores, float beta, float penalty,
+                         float* out, int num) {
+  const Four betas{{beta, beta, beta, beta}}, penalties{{penalty, penalty, penalty, penalty}};
+  const auto four = [](const float* from) { return Four{{from[0], from[1], from[2], from[3]}}; };
+  for (int i = 0; i < num; i += 4) {
+    const Four made = subnet::ScoreGradientEpilogue<Four>{}(four(product + i), four(weight + i), four(scores + i),
+                                                            betas, penalties);
+    for (int j = 0; j < 4; ++j) out[i + j] = made[j];
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def epilogue(tmp_path_factory):
+    """The functor of the CUDA kernels' epilogue, made by the host's compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("epilogue")
+    (folder / "epilogue.cpp").write_text(EPILOGUE)
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, "epilogue.cpp", "-o", "epilogue.so"], cwd=folder, check=True)
+    function = ctypes.CDLL(str(folder / "epilogue.so")).epilogue
+    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2, ctypes.c_void_p, ctypes.c_int]
+
+    def run(product, weight, scores, beta, penalty):
+        out = torch.full_like(product, float("nan"))
+        pointers = [tensor.data_ptr() for tensor in (product, weight, scores)]
+        function(*pointers, beta, penalty, out.data_ptr(), out.numel())
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("beta", [0.5, 3.0, 200.0])
+@pytest.mark.parametrize("penalty", [0.0, -0.25])
+def test_the_epilogue_is_the_chain_rule_through_the_mask(epilogue, beta, penalty):
+    generator = torch.Generator().manual_seed(7)
+    product, weight, scores = (torch.randn(4096, generator=generator) for _ in range(3))
+    got = epilogue(product, weight, scores, beta, penalty)
+    s = scores.double().requires_grad_()
+    m = as_kind("sigmoid").value(s, torch.tensor(beta, dtype=torch.float64))
+    (true,) = torch.autograd.grad((product.double() * weight.double() * m + penalty * m).sum(), s)
+    terms = (product * weight).abs().double() + abs(penalty)  # before they cancel
+    slope = (true / (product.double() * weight.double() + penalty)).abs()
+    z = (beta * s.detach()).abs()  # rounded to fp32 before exp; at 2^-100 either side may be the one that counts as 0
+    bound = (6 + 2 * z) * 2.0**-24 * slope + beta * 1.001 * 2.0**-100
+    assert ((got.double() - true).abs() <= bound * terms).all()
+    assert got.abs().max() > 0.01  # and not all of it rounds to nothing
+
+
+def test_the_epilogue_counts_a_closed_mask_as_zero(epilogue):
+    ones = torch.ones(8)
+    scores = torch.tensor([70.0, -70.0, 69.0, -69.0, 0.0, 1e30, -1e30, float("nan")])
+    got = epilogue(ones, ones, scores, 1.0, 0.0)
+    assert got[[0, 1, 5, 6]].tolist() == [0.0] * 4
+    assert (got[2:4] > 0).all() and got[4] == 0.25 and got[7].isnan()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "on", "dtypes", "expected"),
+    [
+        (4096, 11008, H200, (BF16, BF16), "sm90_bf16_wide"),  # 1376 tiles of 128x256: 10.4 waves
+        (8192, 28672, H200, (BF16, BF16), "sm90_bf16_wide"),
+        (3072, 768, H200, (BF16, BF16), "sm90_bf16_stream_k"),  # 144 tiles of 128x128: the second wave has 12
+        (512, 128, H200, (BF16, BF16), "sm90_bf16_stream_k"),  # 4 tiles
+        (1408, 1536, H200, (BF16, BF16), "sm90_bf16_pingpong"),  # 132 tiles of 128x128, 66 of the larger
+        (4096, 11008, H200, (FP16, FP16), "sm90_fp16_pingpong"),
+        (4096, 11008, H200, (BF16, FP32), "sm90_bf16_fp32_pingpong"),
+        (512, 128, H200, (FP16, FP16), None),
+        (4096, 11008, H200, (FP16, FP32), None),
+        (4096, 11008, A100, (BF16, BF16), "sm80_bf16_stream_k"),
+        (512, 128, L40, (BF16, FP32), "sm80_bf16_fp32_stream_k"),
+        (512, 128, Gpu(120, 170), (FP16, FP16), "sm80_fp16_stream_k"),
+        (4096, 11008, Gpu(75, 40), (FP16, FP16), None),
+    ],
+)
+def test_the_kernel_is_chosen_by_sizes_dtypes_and_gpu(n, k, on, dtypes, expected):
+    kernel, reason = choose(n, k, *dtypes, on, ALL)
+    assert kernel == expected and bool(reason) == (expected is None)
+    if expected is None and on.capability == 90:
+        assert "no sm90 kernel of tile" in reason
+
+
+def test_a_gpu_runs_its_own_kernels_and_those_of_older_ones():
+    own = ["sm90_bf16_pingpong", "sm90_bf16_wide", "sm90_bf16_stream_k"]
+    assert served(BF16, BF16, H200, ALL) == [*own, "sm80_bf16_stream_k"]
+    assert served(BF16, FP32, H200, ALL) == ["sm90_bf16_fp32_pingpong", "sm80_bf16_fp32_stream_k"]
+    assert served(FP16, FP16, A100, ALL) == ["sm80_fp16_stream_k"]
+    assert served(BF16, BF16, Gpu(100, 148), ALL) == ["sm80_bf16_stream_k"]  # sm_90a code runs nowhere else
+    assert served(FP16, FP16, Gpu(75, 40), ALL) == served(FP16, FP32, H200, ALL) == []
+
+
+def test_without_cutlass_the_refusal_says_so():
+    assert choose(4096, 11008, BF16, BF16, H200, ()) == (
+        None, "the extension was built without CUTLASS (its headers were not found), see docs/kernels.md"
+    )  # fmt: skip
+
+
+def tensors(m=16, n=24, k=32, dtype=BF16, weight_dtype=BF16):
+    return [
+        torch.zeros(m, n, dtype=dtype), torch.zeros(m, k, dtype=dtype), torch.zeros(n, k, dtype=weight_dtype),
+        torch.zeros(n, k),
+    ]  # fmt: skip
+
+
+def test_what_the_products_can_not_read_is_refused_in_words():
+    assert refusal(*tensors()) is None
+    assert refusal(*tensors(weight_dtype=FP32)) is None
+    grad_out, x, weight, scores = tensors()
+    transposed = torch.zeros(32, 24, dtype=BF16).t(), torch.zeros(32, 24).t()
+    assert refusal(grad_out, x, *transposed) is None
+    assert "not 16-bit alike" in str(refusal(*tensors(dtype=FP32)))
+    assert "not 16-bit alike" in str(refusal(grad_out.half(), x, weight, scores))
+    assert "nothing to multiply" in str(refusal(*tensors(m=0)))
+    assert "weight's shape and strides" in str(refusal(grad_out, x, weight, scores[:1]))
+    assert "weight's shape and strides" in str(refusal(grad_out, x, weight, scores.double()))
+    assert "not contiguous" in str(refusal(grad_out.t().contiguous().t(), x, weight, scores))
+    assert "strides are (64, 2)" in str(refusal(
+        grad_out, x, torch.zeros(24, 64, dtype=BF16)[:, ::2], torch.zeros(24, 64)[:, ::2]
+    ))  # fmt: skip
+    assert "[20, 32] or an address are no multiples of 16 bytes" in str(refusal(*tensors(n=20)))
+    assert "[24, 33]" in str(refusal(*tensors(k=33)))
+    off = torch.zeros(16 * 32 + 4, dtype=BF16)[4:].view(16, 32)
+    assert "no multiples of 16 bytes" in str(refusal(grad_out, off, weight, scores))
+
+
+@pytest.mark.skipif(not cuda_gemm.kernels(), reason="the extension was built without CUTLASS")
+def test_the_extension_names_what_it_was_built_with():
+    assert cuda_gemm.kernels() == ALL
+
+
+def test_a_call_that_no_product_serves_goes_to_the_vendors(monkeypatch):
+    backend = dispatch.BACKENDS["cuda"]
+    taken = []
+    monkeypatch.setattr(backend, "grad_scores", lambda grad, *rest, **more: taken.append(grad) or (grad, None))
+    grad_out, x, weight, scores = (torch.randn_like(tensor) for tensor in tensors(n=20))
+    beta = torch.tensor(2.0)
+    made, _ = backend.linear_grad_scores(grad_out, x, None, weight, scores, beta, as_kind("sigmoid"), True, False)
+    assert len(taken) == 1 and made is taken[0]
+    torch.testing.assert_close(made, grad_out.t() @ x)
+
+
+def test_a_transposed_weight_exchanges_the_factors(monkeypatch):
+    """The op gets what is contiguous, and its result goes back to weight's strides."""
+    calls = []
+
+    class Op:
+        @staticmethod
+        def default(grad_out, grad_penalty, x, weight, scores, beta, kernel, grad_scores):
+            calls.append(kernel)
+            assert all(t.is_contiguous() for t in (grad_out, x, weight, scores, grad_scores))
+            grad_scores.copy_((grad_out.float().t() @ x.float()) * weight + scores)
+
+    monkeypatch.setattr(cuda_gemm, "_op", lambda: Op)
+    grad_out, x, _, _ = (torch.randn_like(tensor) for tensor in tensors())
+    weight, scores = torch.randn(32, 24, dtype=BF16).t(), torch.randn(32, 24).t()
+    made = cuda_gemm.score_gradient(grad_out, x, None, weight, scores, torch.tensor(1.0), "sm90_bf16_pingpong")
+    assert calls == ["sm90_bf16_pingpong"] and made.stride() == weight.stride()
+    torch.testing.assert_close(made, (grad_out.float().t() @ x.float()) * weight + scores)
