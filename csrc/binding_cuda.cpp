@@ -304,6 +304,50 @@ Tensor unpack_mask(const Tensor& packed, int64_t num) {
   return mask;
 }
 
+// ---- masked_linear, few rows of x
+
+void masked_linear_few_rows(const Tensor& x_, const Tensor& weight_, const Tensor& scores_, const Tensor& beta,
+                            const std::optional<Tensor>& bias_, const Tensor& out_, const Tensor& penalty) {
+  const OnGpu on("masked_linear_few_rows", beta);
+  const View weight = on.view("weight", weight_), x = on.view("x", x_);
+  STD_TORCH_CHECK(weight.ndim == 2 && x.ndim == 2 && numel(weight) > 0 && x.size[0] >= 1 &&
+                      x.size[0] <= subnet::CudaMaskedLinear::kMostRows && weight.size[1] % 8 == 0 &&
+                      weight.size[0] <= INT32_MAX && weight.size[1] <= INT32_MAX && weight.dtype != Dtype::float32,
+                  on.op, ": weight must be a 16-bit [N, K] with K a multiple of 8 and x [M, K] with M from 1 to ",
+                  subnet::CudaMaskedLinear::kMostRows, ", got ", text(weight.ndim, weight.size), " and ",
+                  text(x.ndim, x.size));
+  const int64_t m = x.size[0], n = weight.size[0], k = weight.size[1];
+  const auto matrix = [&](const char* name, const Tensor& tensor, int64_t rows, int64_t columns, Dtype dtype) {
+    const View view = on.view(name, tensor);
+    STD_TORCH_CHECK(view.ndim == 2 && view.size[0] == rows && view.size[1] == columns && tensor.is_contiguous() &&
+                        view.dtype == dtype && reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
+                    on.op, ": ", name, " must be contiguous with shape [", rows, ", ", columns,
+                    "] at a multiple of 16 bytes and of weight's dtype (scores: float32), got shape ",
+                    text(view.ndim, view.size), " and strides ", text(view.ndim, view.stride));
+    return view;
+  };
+  subnet::CudaMaskedLinear params{};
+  params.m = (int)m, params.n = (int)n, params.k = (int)k, params.dtype = weight.dtype;
+  params.x = matrix("x", x_, m, k, weight.dtype).data;
+  params.weight = matrix("weight", weight_, n, k, weight.dtype).data;
+  params.scores = reinterpret_cast<const float*>(matrix("scores", scores_, n, k, Dtype::float32).data);
+  const View out = matrix("out", out_, m, n, weight.dtype);
+  params.out = out.data;
+  for (const Tensor* in : {&x_, &weight_, &scores_}) check_disjoint(on.op, out, on.view("an input", *in));
+  if (bias_) {
+    const View bias = on.view("bias", *bias_);
+    STD_TORCH_CHECK(bias.ndim == 1 && bias.size[0] == n && bias_->is_contiguous() && bias.dtype == weight.dtype, on.op,
+                    ": bias must be contiguous with shape [", n, "] and weight's dtype, got ",
+                    text(bias.ndim, bias.size));
+    params.bias = bias.data;
+  }
+  params.beta = on.scalar("beta", beta);
+  params.penalty = on.scalar("penalty", penalty);
+  const Tensor partials = on.workspace(beta, subnet::masked_linear_blocks(m, n));
+  params.partials = static_cast<double*>(partials.data_ptr());
+  on.run([&](int device, void* stream) { return subnet::launch_masked_linear(params, device, stream); });
+}
+
 }  // namespace
 
 // Ops of the GPU alone: lists in one launch, numbers that are read from its memory.
@@ -316,6 +360,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
         " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, Tensor[] steps, Tensor[] grad_penalties,"
         " bool has_w_eff_grads, Tensor beta, Tensor next_beta, int kind, float lr, Tensor? lr_at, float beta1,"
         " float beta2, float eps, float weight_decay, float lam, Tensor? lam_at) -> ()");
+  m.def("masked_linear_few_rows(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, Tensor(a!) out,"
+        " Tensor(b!) penalty) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
@@ -326,6 +372,7 @@ STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
   m.impl("add_penalty_grad_of_many", TORCH_BOX(&add_penalty_grad_of_many));
   m.impl("mask_adamw_of_many", TORCH_BOX(&mask_adamw_of_many));
   m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("masked_linear_few_rows", TORCH_BOX(&masked_linear_few_rows));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

@@ -7,6 +7,7 @@
 
 #include "../scalar_math.h"
 #include "kernels.h"
+#include "launch.cuh"
 
 #if CUDART_VERSION < 12010
 #error "csrc/cuda needs CUDA 12.1 or newer: kernel arguments of more than 4 KB"
@@ -95,12 +96,12 @@ __device__ __forceinline__ Raw<N> pack_halves(const uint32_t (&half)[N]) {
 
 // Rounded to the nearest.
 template <int N>
-__device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, const float (&from)[N]) {
+__device__ __forceinline__ Raw<N> to_raw(const float (&from)[N], Dtype dtype) {
   if (dtype == Dtype::float32) {
     Raw<N> raw;
 #pragma unroll
     for (int k = 0; k < N; ++k) raw.word[k] = __float_as_uint(from[k]);
-    return store_raw(to, dtype, at, raw);
+    return raw;
   }
   uint32_t half[N];
 #pragma unroll
@@ -108,7 +109,12 @@ __device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, const f
     half[k] = dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(from[k]))
                                        : __half_as_ushort(__float2half_rn(from[k]));
   }
-  store_raw(to, dtype, at, pack_halves(half));
+  return pack_halves(half);
+}
+
+template <int N>
+__device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, const float (&from)[N]) {
+  store_raw(to, dtype, at, to_raw(from, dtype));
 }
 
 // ---- walk
@@ -193,19 +199,6 @@ void enqueue(void (*kernel)(Params), int64_t num_blocks, const Params& params, v
   if (num_blocks == 0) return;
   void* arguments[] = {const_cast<Params*>(&params)};
   cudaLaunchKernel(kernel, dim3((unsigned)num_blocks), dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream));
-}
-
-// Makes `device` the current one while `body` enqueues. Returns null or CUDA's error text.
-template <class Body>
-const char* launch_on(int device, const Body& body) {
-  int previous = device;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  body();
-  error = cudaGetLastError();
-  if (previous != device) cudaSetDevice(previous);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace subnet

@@ -114,4 +114,22 @@ const char* launch_random_bits(const CudaRandomBits& params, int device, void* s
 const char* launch_pack_mask(const PackMask& params, int device, void* stream);
 const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream);
 
+// out = x (weight * m)^T + bias and sum(m), kind sigmoid, for few rows of x: the effective weight stays in registers.
+struct CudaMaskedLinear {
+  static constexpr int kMostRows = 256;   // of x: beyond, the mask is better made once, in memory
+  const void* x;                          // [m, k], dtype, like all matrices here row-major without gaps
+  const void* weight;                     // [n, k], dtype
+  const float* scores;                    // [n, k]
+  const void* bias;                       // [n], dtype; null: none
+  void* out;                              // [m, n], dtype
+  const float* beta;                      // 0-d
+  double* partials;                       // [masked_linear_blocks(m, n)] workspace
+  float* penalty;                         // 0-d
+  int m, n, k;                            // k is a multiple of 8, addresses of matrices of 16 bytes; none is 0
+  Dtype dtype;                            // bfloat16 or float16
+  int row_blocks, column_tiles;           // the launch's
+};
+int64_t masked_linear_blocks(int64_t m, int64_t n);
+const char* launch_masked_linear(const CudaMaskedLinear& params, int device, void* stream);
+
 }  // namespace subnet

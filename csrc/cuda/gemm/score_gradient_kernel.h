@@ -2,7 +2,7 @@
 // ScoreGradientKernel.
 #pragma once
 
-#include "../common.cuh"
+#include "../launch.cuh"
 #include "score_gradient.h"
 #include "score_gradient_epilogue.h"
 

@@ -92,6 +92,7 @@ struct ScoreGradient {
   using Kernel =
       gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, typename Config::Scheduler>;
   static_assert(Mainloop::DispatchPolicy::Stages >= 3, "too few to keep loads in flight");
+  static_assert(Kernel::SharedStorageSize <= gemm::collective::detail::sm90_smem_capacity_bytes, "can not launch");
 
   static typename Kernel::Arguments arguments(const CudaScoreGradient& p) {
     typename Kernel::Arguments args{};

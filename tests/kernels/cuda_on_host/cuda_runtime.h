@@ -134,3 +134,38 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
+
+// ---- tensor cores
+
+// d += a b of a warp's fragments: row-major a [16, 16], column-major b [16, 8], fp32 d [16, 8]; g = lane/4, t = lane%4.
+//   a[0..3]  rows g, g + 8, g, g + 8; columns 2t and 2t + 1, of the last two 8 further
+//   b0, b1   column g; rows 2t and 2t + 1, of b1 8 further      d[0..3]  rows g, g, g + 8, g + 8; columns 2t, 2t + 1 twice
+// Source: PTX ISA 9.0, 9.7.14.5.8, matrix fragments for mma.m16n8k16 with 16-bit types.
+inline float cuda_half_to_float(uint16_t bits, bool is_bf16) {
+  if (is_bf16) return __uint_as_float((uint32_t)bits << 16);
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return (float)value;
+}
+
+inline void cuda_mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16) {
+  static uint32_t left[1024][4], right[1024][2];
+  const unsigned first = threadIdx.x / 32 * 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) left[threadIdx.x][i] = a[i];
+  right[threadIdx.x][0] = b0, right[threadIdx.x][1] = b1;
+  cuda_wait_at(4);
+  const auto half = [&](uint32_t word, unsigned k) {
+    return cuda_half_to_float((uint16_t)(word >> k % 2 * 16), is_bf16);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = group + i / 2 * 8, column = 2 * quad + i % 2;
+    float sum = 0;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned lane_of_k = k % 8 / 2;
+      sum += half(left[first + row % 8 * 4 + lane_of_k][row / 8 + k / 8 * 2], k) *
+             half(right[first + column * 4 + lane_of_k][k / 8], k);
+    }
+    d[i] += sum;
+  }
+  cuda_wait_at(5);
+}

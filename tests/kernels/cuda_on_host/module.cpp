@@ -4,6 +4,7 @@
 #include "cuda/effective_weight.cu"
 #include "cuda/grad_scores.cu"
 #include "cuda/mask_adamw.cu"
+#include "cuda/masked_linear.cu"
 #include "cuda/pack_mask.cu"
 #include "cuda/random.cu"
 
