@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..masks import MaskKind
 from . import cuda_gemm
-from .base import KIND_CODES, AdamW, Call
+from .base import KIND_CODES, AdamW, Call, keeps_w_eff
 from .layout import aligned, is_dense, with_strides_of
 from .native import ExtensionBackend, has_cuda_kernels
 
@@ -82,6 +82,15 @@ class CudaBackend(ExtensionBackend):
         )  # fmt: skip
         written = [tensor for slot in slots if slot is not None for tensor in slot]
         _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])
+
+    def masked_linear(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        is_kept = buffers is not None or keeps_w_eff(plan)
+        if is_kept or cuda_gemm.few_rows_refusal(x, weight, scores, kind) is not None:
+            return super().masked_linear(x, weight, scores, beta, bias, kind, plan, buffers)
+        return *cuda_gemm.masked_linear(self.ops, x, weight, scores, beta, bias), None
 
     def linear_grad_scores(
         self, grad_out: Tensor | None, x: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,

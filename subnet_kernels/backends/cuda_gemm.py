@@ -1,4 +1,8 @@
-"""The extension's matrix products on CUTLASS (csrc/cuda/gemm): which serves a call, why none does, the launch."""
+"""The CUDA backend's own matrix products: which serves a call, why none does, the launch.
+
+Score gradients inside their product are on CUTLASS (csrc/cuda/gemm); linear layers with few rows of x, whose mask is
+made inside the product, are csrc/cuda/masked_linear.cu.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..masks import MaskKind
 from .native import is_available
 
 TILES = ("pingpong", "wide", "stream_k")  # csrc/cuda/gemm/score_gradient_sm90.cu says what they are
 TILE = 128  # rows and columns of [N, K] that a tile has; "wide" ones have twice the columns
+MOST_ROWS = 256  # of x in masked_linear.cu; beyond, the effective weight is better made once, in memory
 ROW_BYTES = 16  # rows are multiples of this: TMA and 16-byte copies
 # Shares of the chip that whole waves of tiles must keep busy: below the first, all processors share the last wave's
 # sum over tokens (stream_k) instead; the larger tile, which moves fewer bytes per FLOP, is taken from the second on.
@@ -124,3 +130,35 @@ def score_gradient(
     grad_scores = torch.empty_like(scores)
     _op().default(grad_out, grad_penalty, x, weight, scores, beta, kernel, grad_scores)
     return grad_scores
+
+
+def few_rows_refusal(x: Tensor, weight: Tensor, scores: Tensor, kind: MaskKind) -> str | None:
+    """Why the kernel for few rows can not compute x [..., K] @ (weight * m).T for a weight [N, K]; None if it can."""
+    if kind.name != "sigmoid":
+        return f"kind {kind.name!r} is served by an effective weight"
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"x and weight of dtypes {_short(x.dtype)} and {_short(weight.dtype)} are not 16-bit alike"
+    if not x.numel() or not weight.numel():
+        return "there is nothing to multiply"
+    rows = x.numel() // x.shape[-1]
+    if rows > MOST_ROWS:
+        return f"x has {rows} rows, more than {MOST_ROWS}"
+    if scores.shape != weight.shape or scores.dtype != torch.float32:
+        return "scores are not fp32 of weight's shape"
+    if not all(tensor.is_contiguous() for tensor in (x, weight, scores)):
+        return "x, weight or scores are not contiguous"
+    if weight.shape[1] % (ROW_BYTES // 2) or any(tensor.data_ptr() % ROW_BYTES for tensor in (x, weight, scores)):
+        return f"rows of {weight.shape[1]} weights or an address are no multiples of {ROW_BYTES} bytes"
+    return None
+
+
+def masked_linear(
+    ops: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x @ (weight * m).T + bias, sum of m) without an effective weight in memory; ``few_rows_refusal`` must have been
+    None."""
+    out, penalty = x.new_empty(*x.shape[:-1], weight.shape[0]), torch.empty_like(beta)
+    bias = bias if bias is None else bias.contiguous()
+    rows, results = x.view(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    ops.masked_linear_few_rows.default(rows, weight, scores, beta, bias, results, penalty)
+    return out, penalty

@@ -1,9 +1,11 @@
-"""The CUDA kernel of linear layers with few rows of x, as a host function with the tensor cores' instruction written out,
-against fp64."""
+"""The CUDA kernel of linear layers with few rows of x, as a host function with the tensor cores' instruction written
+out, against fp64."""
 
 import pytest
 import torch
 
+from subnet_kernels.backends.cuda_gemm import few_rows_refusal
+from subnet_kernels.masks import as_kind
 from tests.kernels import cuda_on_host
 
 if cuda_on_host.compiler() is None:
@@ -14,7 +16,8 @@ from tests.kernels.native_inputs import ROUNDOFF, assert_within, nan_like, randn
 BETA = torch.tensor(3.0)
 U = 2.0**-24
 # m, n, k: one and several tiles of rows of x, blocks of 16 and of 64 rows of weight, shares of k, with tails everywhere
-SIZES = [(1, 1, 8), (3, 17, 40), (16, 16, 256), (17, 40, 264), (64, 33, 1000), (65, 16, 64), (130, 24, 72), (5, 8200, 8)]
+SIZES = [(1, 1, 8), (3, 17, 40), (16, 16, 256), (17, 40, 264), (64, 33, 1000), (65, 16, 64), (130, 24, 72)]
+SIZES += [(5, 8200, 8)]  # enough blocks for four warps along the rows of weight
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,34 @@ def test_a_subnet_of_exact_numbers_gives_exact_outputs(op):
     op(x, weight, scores, BETA, None, out, penalty)
     assert torch.equal(out.double(), x.double() @ (weight.double() * kept).t())
     assert penalty == kept.sum()
+
+
+def test_the_backend_takes_it_where_no_effective_weight_is_kept():
+    backend, kind = cuda_on_host.OnHost(), as_kind("sigmoid")
+    x, weight, scores, bias = randn((2, 3, 24), 1).half(), randn((17, 24), 2).half(), randn((17, 24), 3), None
+    made, penalty, w_eff = backend.masked_linear(x, weight, scores, BETA, bias, kind, "recompute")
+    kept, same_penalty, kept_w_eff = backend.masked_linear(x, weight, scores, BETA, bias, kind, "cached")
+    assert w_eff is None and kept_w_eff is not None and made.shape == (2, 3, 17)
+    assert_within(made, x.double() @ kept_w_eff.double().t(), 4 * ROUNDOFF[torch.float16] * kept.double().abs() + 1e-3)
+    torch.testing.assert_close(penalty, same_penalty, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "hard"}, "kind 'hard'"),
+        ({"x": (300, 16)}, "x has 300 rows, more than 256"),
+        ({"x": (0, 16)}, "nothing to multiply"),
+        ({"x": (4, 12), "weight": (8, 12), "scores": (8, 12)}, "rows of 12 weights"),
+        ({"scores": (8, 1)}, "not fp32 of weight's shape"),
+        ({"dtype": torch.float32}, "not 16-bit alike"),
+    ],
+)
+def test_what_it_can_not_read_is_left_to_an_effective_weight(change, words):
+    given = {"x": (4, 16), "weight": (8, 16), "scores": (8, 16), "kind": "sigmoid", "dtype": torch.bfloat16} | change
+    x, weight = (torch.zeros(given[name], dtype=given["dtype"]) for name in ("x", "weight"))
+    scores, kind = torch.zeros(given["scores"]), as_kind(given["kind"])
+    assert words in str(few_rows_refusal(x, weight, scores, kind))
 
 
 def test_twice_the_same_call_gives_the_same_bits(op):
