@@ -56,6 +56,7 @@ AIMS = (
     Aim("resnet18_b256", "step", "x_compile", 1.5),
     Aim("score_gradient_4096x11008_m4096_bf16", "forward", "x_mm", 0.85),
     Aim(f"mask_adamw_{4096 * 11008}", "step", "ceiling_fraction", 0.85, "ours_cuda_fp32"),
+    Aim("score_gradient_4096x11008_m4096_bf16", "forward", "x_mm", 0.9, "ours_sm90_bf16_wide"),
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subnet_kernels import BackendRefused, testing, use_backend
+from subnet_kernels.backends import cuda_gemm
 from subnet_kernels.backends.triton import TritonBackend
 from subnet_kernels.masks import MaskKind, as_kind
 from subnet_kernels.ops.effective_weight import effective_weights_raw
@@ -267,6 +268,76 @@ def graph_check(backend: str, device: str, seed: int) -> Iterator[Check]:
     replay()
     torch.cuda.synchronize()
     yield f"{backend}, replayed graph sees new scores and beta", _worst(weights, scores, 5.0, kind, out, penalties[0])
+
+
+PRODUCT_SIZES = (  # m, n, k: one tile and many, tails of every size, more tiles than processors, sums in parts
+    (1, 8, 8), (100, 136, 264), (64, 128, 256), (513, 1000, 2056), (1024, 768, 3072), (5000, 512, 128),
+)  # fmt: skip
+
+
+def cuda_score_gradient_checks(seed: int, is_large: bool = True) -> Iterator[Check]:
+    """Every compiled score-gradient product that runs here, whatever dispatch would choose, into NaN-filled memory."""
+    on = cuda_gemm.gpu(torch.cuda.current_device())
+    if not cuda_gemm.kernels():
+        raise RuntimeError("the extension was built without CUTLASS: there are no products to check")
+    for dtype, weight_dtype in itertools.product(DTYPES.values(), DTYPES.values()):
+        for kernel in cuda_gemm.served(dtype, weight_dtype, on, cuda_gemm.kernels()):
+            for m, n, k in PRODUCT_SIZES if is_large else PRODUCT_SIZES[:3]:
+                error = _score_gradient_error(kernel, m, n, k, dtype, weight_dtype, seed)
+                yield f"cuda, {kernel}, {m}x{n}x{k}", error
+
+
+def _score_gradient_error(
+    kernel: str, m: int, n: int, k: int, dtype: torch.dtype, weight_dtype: torch.dtype, seed: int
+) -> float:
+    """Worst error as a multiple of the allowed one, of a launch and of a replayed CUDA graph after the scores, beta and
+    the penalty's gradient changed; infinite where the two runs on the same inputs differ in a bit."""
+    from .timing import as_cuda_graph
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    grad_out, x = _random((m, n), dtype, generator), _random((m, k), dtype, generator)
+    weight, scores = _random((n, k), weight_dtype, generator), _random((n, k), torch.float32, generator)
+    beta, penalty = torch.tensor(2.0, device="cuda"), torch.tensor(0.5, device="cuda")
+    out = torch.full_like(scores, float("nan"))
+    op = torch.ops.subnet_native.score_gradient.default
+
+    def launch() -> None:
+        op(grad_out, penalty, x, weight, scores, beta, kernel, out)
+
+    def error() -> float:
+        z = beta.double() * scores.double()
+        slope = beta.double() * torch.sigmoid(z) * torch.sigmoid(-z)
+        g, v, w = grad_out.double(), x.double(), weight.double()
+        true = (g.t().mm(v) * w + penalty.double()) * slope
+        size = (g.abs().t().mm(v.abs()) * w.abs() + penalty.double().abs()) * slope
+        # the product stays in fp32: as exact as an fp32 one, its m products summed in any order
+        ratio = (out.double() - true).abs() / ((m + 16) * 2.0**-24 * size * (1 + z.abs() / 4) + 1e-28)
+        worst = ratio.max().item()
+        return worst if worst == worst else float("inf")
+
+    launch()
+    first, worst = out.clone(), error()
+    out.fill_(float("nan"))
+    launch()
+    if not torch.equal(first, out):
+        return float("inf")
+    replay = as_cuda_graph(launch)
+    scores.neg_()
+    beta.fill_(5.0)
+    penalty.fill_(-0.25)
+    out.fill_(float("nan"))
+    replay()
+    torch.cuda.synchronize()
+    return max(worst, error())
+
+
+def cuda_few_rows_checks(seed: int) -> Iterator[Check]:
+    """The linear layer whose mask is made inside its product, on the backend that dispatch would give it to."""
+    op = functools.partial(testing.ours, backend="cuda", plan="recompute")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for m, n, k in ((1, 8, 8), (16, 100, 264), (33, 130, 1000), (64, 4096, 512), (256, 768, 3072), (257, 64, 64)):
+            case = testing.linear_case(m, n, k, dtype, seed=seed, device="cuda")
+            yield f"cuda, few rows, {m}x{n}x{k}, {name}", max(testing.worst_errors(case, op).values())
 
 
 def refusal_check(device: str) -> Iterator[Check]:

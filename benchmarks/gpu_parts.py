@@ -65,6 +65,9 @@ def correctness(check: Check) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_cuda.cuda_checks(check.device, check.seed))
         check.take(gpu_cuda.layer_checks(check.device, check.seed))
+    check.say("  cuda backend's products")
+    check.take(gpu_correctness.cuda_score_gradient_checks(check.seed))
+    check.take(gpu_correctness.cuda_few_rows_checks(check.seed))
     check.say("  triton backend")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_correctness.triton_checks(check.device, check.seed))
@@ -331,6 +334,7 @@ def sanitizer_script(seed: int) -> int:
     checks = [
         *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
         *gpu_cuda.cuda_checks("cuda", seed),
+        *gpu_correctness.cuda_score_gradient_checks(seed, is_large=False),
         *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
         *gpu_correctness.step_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
     ]
