@@ -6,12 +6,14 @@ PyTorch, and csrc/cuda/gemm where the headers of CUTLASS are found too. Without 
 package is built without the extension and runs on its reference.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,18 +117,27 @@ def object_commands(
     return {target: [*command, "-o", target] for target, command in commands.items()}
 
 
+def read_by(listed: Path) -> list[Path]:
+    """The files that a compiler read, as its -MD lists them."""
+    return [Path(name) for name in listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()]
+
+
+def key_of(command: list[str], listed: Path) -> str:
+    read = [path.read_bytes() if path.exists() else b"" for path in read_by(listed)]
+    return hashlib.sha256(shlex.join(command).encode() + b"".join(read)).hexdigest()
+
+
 def compile_object(target: str, command: list[str]) -> None:
-    """Run the command that makes an object file; one with -MD, which takes minutes, only where something it read is
-    newer than what it made."""
-    listed, last = Path(target).with_suffix(".d"), Path(target).with_suffix(".command")
-    if "-MD" in command and listed.exists() and last.exists() and last.read_text() == shlex.join(command):
-        read = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
-        made = os.path.getmtime(target) if os.path.exists(target) else 0.0
-        if all(os.path.exists(name) and os.path.getmtime(name) <= made for name in read):
-            return
-    last.unlink(missing_ok=True)
+    """Run the command that makes an object file; one with -MD, which takes a minute, only if something that it reads
+    has changed since."""
+    listed, key = Path(target).with_suffix(".d"), Path(target).with_suffix(".key")
+    if os.path.exists(target) and key.exists() and key.read_text() == key_of(command, listed):
+        return
+    key.unlink(missing_ok=True)
+    start = time.time()
     subprocess.run(command, check=True)
-    last.write_text(shlex.join(command))
+    if "-MD" in command and all(path.stat().st_mtime < start for path in read_by(listed)):  # none changed meanwhile
+        key.write_text(key_of(command, listed))
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:
