@@ -1,12 +1,14 @@
 """The committed table of what the compilers made of every GPU kernel, Triton's and CUDA C++'s.
 
-    python -m tests.kernels.compiled_table    # writes tests/kernels/compiled_kernels.csv anew; needs nvcc and CUTLASS
+    python -m tests.kernels.compiled_table         # writes compiled_kernels.csv anew; needs nvcc and CUTLASS
+    python -m tests.kernels.compiled_table cuda    # the rows of one language alone
 """
 
 from __future__ import annotations
 
 import csv
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,19 +51,32 @@ def products_of(code: str) -> str:
     return "mma" if re.search(r"\bHMMA\.", code) else "fma"
 
 
-def main() -> None:
-    from tests.kernels import cuda_ahead, triton_ahead
+def triton_rows() -> list[Row]:
+    from tests.kernels.triton_ahead import ARCHS, builds, compile_ahead
+
+    return [compile_ahead(build, arch) for build in builds() for arch in ARCHS]
+
+
+def cuda_rows() -> list[Row]:
+    from tests.kernels import cuda_ahead
 
     extension = cuda_ahead.extension()
-    assert extension is not None, "build the extension first"
-    rows = [triton_ahead.compile_ahead(build, arch) for build in triton_ahead.builds() for arch in triton_ahead.ARCHS]
-    rows += cuda_ahead.rows(extension)
+    if extension is None:
+        raise SystemExit("the extension is not built: make setup")
+    return cuda_ahead.rows(extension)
+
+
+def main(languages: list[str]) -> None:
+    makers = {"triton": triton_rows, "cuda": cuda_rows}
+    rows = []
+    for language, make in makers.items():
+        rows += [row.as_text() for row in make()] if language in (languages or makers) else read_table(language)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, Row._fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row.as_text() for row in rows)
+        writer.writerows(rows)
     print(TABLE.read_text(), end="")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

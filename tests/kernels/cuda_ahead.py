@@ -59,7 +59,7 @@ def _short(demangled: str) -> str:
     name = demangled.replace("(anonymous namespace)::", "").replace("void ", "").replace("subnet::", "")
     if product := re.match(r"cutlass::\w+<kernels::(\w+)>", name):
         return product[1]
-    return re.sub(r"\(Kind\)(\d)", r"\1", name.split("(const")[0].rsplit("(", 1)[0] if name.endswith(")") else name)
+    return re.sub(r"\(\w+\)(\d)", r"\1", name.split("(const")[0].rsplit("(", 1)[0] if name.endswith(")") else name)
 
 
 def _by_function(text: str, pattern: str) -> Iterator[tuple[int, str, str]]:
