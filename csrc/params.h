@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "mask.h"
 
 namespace subnet {
-
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 constexpr int kMaxDims = 8;                // dimensions of a weight
 constexpr int64_t kChunk = 16384;          // elements per partial sum: fixed, so sums do not depend on the thread count
