@@ -317,21 +317,12 @@ void masked_linear_few_rows(const Tensor& x_, const Tensor& weight_, const Tenso
                   subnet::CudaMaskedLinear::kMostRows, ", got ", text(weight.ndim, weight.size), " and ",
                   text(x.ndim, x.size));
   const int64_t m = x.size[0], n = weight.size[0], k = weight.size[1];
-  const auto matrix = [&](const char* name, const Tensor& tensor, int64_t rows, int64_t columns, Dtype dtype) {
-    const View view = on.view(name, tensor);
-    STD_TORCH_CHECK(view.ndim == 2 && view.size[0] == rows && view.size[1] == columns && tensor.is_contiguous() &&
-                        view.dtype == dtype && reinterpret_cast<uintptr_t>(view.data) % 16 == 0,
-                    on.op, ": ", name, " must be contiguous with shape [", rows, ", ", columns,
-                    "] at a multiple of 16 bytes and of weight's dtype (scores: float32), got shape ",
-                    text(view.ndim, view.size), " and strides ", text(view.ndim, view.stride));
-    return view;
-  };
   subnet::CudaMaskedLinear params{};
   params.m = (int)m, params.n = (int)n, params.k = (int)k, params.dtype = weight.dtype;
-  params.x = matrix("x", x_, m, k, weight.dtype).data;
-  params.weight = matrix("weight", weight_, n, k, weight.dtype).data;
-  params.scores = reinterpret_cast<const float*>(matrix("scores", scores_, n, k, Dtype::float32).data);
-  const View out = matrix("out", out_, m, n, weight.dtype);
+  params.x = on.matrix("x", x_, m, k, weight.dtype).data;
+  params.weight = on.matrix("weight", weight_, n, k, weight.dtype).data;
+  params.scores = reinterpret_cast<const float*>(on.matrix("scores", scores_, n, k, Dtype::float32).data);
+  const View out = on.matrix("out", out_, m, n, weight.dtype);
   params.out = out.data;
   for (const Tensor* in : {&x_, &weight_, &scores_}) check_disjoint(on.op, out, on.view("an input", *in));
   if (bias_) {

@@ -52,6 +52,17 @@ struct OnGpu {
     check(name, tensor);
     return scalar_of(op, name, tensor, gpu());
   }
+  // A matrix [rows, columns] that a product can read: row-major without gaps, on 16 bytes.
+  View matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, Dtype dtype) const {
+    static const char* const kNames[] = {"float32", "bfloat16", "float16"};
+    const View found = view(name, tensor);
+    STD_TORCH_CHECK(found.ndim == 2 && found.size[0] == rows && found.size[1] == columns && tensor.is_contiguous() &&
+                        found.dtype == dtype && reinterpret_cast<uintptr_t>(found.data) % 16 == 0,
+                    op, ": ", name, " must be contiguous with shape [", rows, ", ", columns, "] and dtype ",
+                    kNames[(int)dtype], " at a multiple of 16 bytes, got shape ", text(found.ndim, found.size),
+                    ", strides ", text(found.ndim, found.stride), " and dtype ", kNames[(int)found.dtype]);
+    return found;
+  }
   // Doubles; they live as long as the tensor that is returned, and the memory is not given to another stream.
   Tensor workspace(const Tensor& like, int64_t num_doubles) const {
     return torch::stable::new_empty(like, {2 * std::max<int64_t>(num_doubles, 1)},

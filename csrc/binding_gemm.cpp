@@ -21,18 +21,6 @@ std::string score_gradient_kernels() {
   return names;
 }
 
-// A matrix [rows, columns] that the products can read: row-major, without gaps, on 16 bytes.
-View matrix(const OnGpu& on, const char* name, const Tensor& tensor, int64_t rows, int64_t columns, Dtype dtype) {
-  const View view = on.view(name, tensor);
-  STD_TORCH_CHECK(view.dtype == dtype, on.op, ": ", name, " must have the kernel's dtype");
-  STD_TORCH_CHECK(view.ndim == 2 && view.size[0] == rows && view.size[1] == columns && tensor.is_contiguous(), on.op,
-                  ": ", name, " must be contiguous with shape [", rows, ", ", columns, "], got shape ",
-                  text(view.ndim, view.size), " and strides ", text(view.ndim, view.stride));
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0, on.op, ": ", name,
-                  " must begin at a multiple of 16 bytes");
-  return view;
-}
-
 void score_gradient(const Tensor& grad_out_, const std::optional<Tensor>& grad_penalty, const Tensor& x_,
                     const Tensor& weight_, const Tensor& scores_, const Tensor& beta, const std::string& name,
                     const Tensor& grad_scores_) {
@@ -50,11 +38,11 @@ void score_gradient(const Tensor& grad_out_, const std::optional<Tensor>& grad_p
                       std::max({m, n, k}) <= std::numeric_limits<int>::max(),
                   on.op, ": N and K must be multiples of 8, for rows of 16 bytes, and M at least 1, got M ", m, ", N ",
                   n, ", K ", k);
-  const View weight = matrix(on, "weight", weight_, n, k, kernel->weight_dtype);
-  const View grad_out = matrix(on, "grad_out", grad_out_, m, n, kernel->dtype);
-  const View x = matrix(on, "x", x_, m, k, kernel->dtype);
-  const View scores = matrix(on, "scores", scores_, n, k, Dtype::float32);
-  const View grad_scores = matrix(on, "grad_scores", grad_scores_, n, k, Dtype::float32);
+  const View weight = on.matrix("weight", weight_, n, k, kernel->weight_dtype);
+  const View grad_out = on.matrix("grad_out", grad_out_, m, n, kernel->dtype);
+  const View x = on.matrix("x", x_, m, k, kernel->dtype);
+  const View scores = on.matrix("scores", scores_, n, k, Dtype::float32);
+  const View grad_scores = on.matrix("grad_scores", grad_scores_, n, k, Dtype::float32);
   for (const View& in : {weight, grad_out, x, scores}) check_disjoint(on.op, grad_scores, in);
   subnet::CudaScoreGradient params{};
   params.grad_out = grad_out.data;
@@ -71,14 +59,14 @@ void score_gradient(const Tensor& grad_out_, const std::optional<Tensor>& grad_p
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(subnet_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
   m.def("score_gradient(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor weight, Tensor scores, Tensor beta,"
         " str kernel, Tensor(a!) grad_scores) -> ()");
   m.def("score_gradient_kernels() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(subnet_native, CUDA, m) { m.impl("score_gradient", TORCH_BOX(&score_gradient)); }
+STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) { m.impl("score_gradient", TORCH_BOX(&score_gradient)); }
 
-STABLE_TORCH_LIBRARY_IMPL(subnet_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, CompositeExplicitAutograd, m) {
   m.impl("score_gradient_kernels", TORCH_BOX(&score_gradient_kernels));
 }

@@ -13,7 +13,9 @@ import torch
 from subnet_kernels import dispatch
 from subnet_kernels.backends import cuda_gemm
 from subnet_kernels.backends.cuda_gemm import Gpu, choose, refusal, served
+from subnet_kernels.backends.native import is_available
 from subnet_kernels.masks import as_kind
+from tests.kernels import cuda_on_host
 
 ROOT = Path(__file__).parents[2]
 H200, A100, L40 = Gpu(90, 132), Gpu(80, 108), Gpu(89, 142)
@@ -191,3 +193,60 @@ def test_a_transposed_weight_exchanges_the_factors(monkeypatch):
     made = cuda_gemm.score_gradient(grad_out, x, None, weight, scores, torch.tensor(1.0), "sm90_bf16_pingpong")
     assert calls == ["sm90_bf16_pingpong"] and made.stride() == weight.stride()
     torch.testing.assert_close(made, (grad_out.float().t() @ x.float()) * weight + scores)
+
+
+@pytest.fixture(scope="module")
+def on_host():
+    """The binding, over kernels that are plain loops."""
+    if cuda_on_host.compiler() is None or not is_available():
+        pytest.skip("there is no C++ compiler, or the extension is not built")
+    cuda_on_host.load()
+    return torch.ops.subnet_on_host
+
+
+@pytest.mark.parametrize("kernel", ALL)
+@pytest.mark.parametrize("penalty", [None, 0.5])
+def test_the_binding_hands_every_tensor_to_its_kernel(on_host, kernel, penalty):
+    assert on_host.score_gradient_kernels().split() == list(ALL)
+    dtype = FP16 if "fp16" in kernel else BF16
+    grad_out, x, weight, scores = (
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(t.dtype)
+        for i, t in enumerate(tensors(5, 16, 24, dtype, FP32 if "fp32" in kernel else dtype))
+    )
+    beta, made = torch.tensor(2.0), torch.full((16, 24), float("nan"))
+    given = None if penalty is None else torch.tensor(penalty)
+    on_host.score_gradient(grad_out, given, x, weight, scores, beta, kernel, made)
+    slope = 2.0 * torch.sigmoid(2.0 * scores.double()) * torch.sigmoid(-2.0 * scores.double())
+    true = (grad_out.double().t() @ x.double() * weight.double() + (penalty or 0.0)) * slope
+    torch.testing.assert_close(made.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": (5, 20)}, "weight must be|x must be contiguous with shape \\[5, 24\\]"),
+        ({"weight": (16, 20), "x": (5, 20)}, "N and K must be multiples of 8"),
+        ({"grad_out": (0, 16), "x": (0, 24)}, "M at least 1"),
+        ({"scores": (16, 1)}, "scores must be contiguous with shape \\[16, 24\\]"),
+        ({"kernel": "sm70"}, "kernel must be one of sm90_bf16_pingpong .* got 'sm70'"),
+        ({"kernel": "sm80_fp16_stream_k"}, "dtype float16 at a multiple of 16 bytes, .* dtype bfloat16"),
+    ],
+)
+def test_the_binding_refuses_in_words_what_would_read_elsewhere(on_host, change, words):
+    given = {"grad_out": (5, 16), "x": (5, 24), "weight": (16, 24), "scores": (16, 24), "kernel": ALL[0]} | change
+    grad_out, x, weight = (torch.zeros(given[name], dtype=BF16) for name in ("grad_out", "x", "weight"))
+    beta = torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match=words):
+        on_host.score_gradient(
+            grad_out, None, x, weight, torch.zeros(given["scores"]), beta, given["kernel"], torch.zeros(weight.shape)
+        )
+
+
+def test_the_binding_refuses_memory_that_is_shared_or_off(on_host):
+    grad_out, x, weight, scores = tensors(5, 16, 24)
+    beta = torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="grad_scores must not share memory with scores"):
+        on_host.score_gradient(grad_out, None, x, weight, scores, beta, ALL[0], scores)
+    off = torch.zeros(16 * 24 + 2)[2:].view(16, 24)
+    with pytest.raises(RuntimeError, match="scores must be contiguous .* at a multiple of 16 bytes"):
+        on_host.score_gradient(grad_out, None, x, weight, off, beta, ALL[0], torch.zeros(16, 24))

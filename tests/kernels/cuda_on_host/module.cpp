@@ -1,5 +1,6 @@
 // The GPU's bindings and kernels as ops of CPU tensors: torch.ops.subnet_on_host.
 #include "binding_cuda.cpp"
+#include "binding_gemm.cpp"
 #include "cuda/add_penalty_grad.cu"
 #include "cuda/effective_weight.cu"
 #include "cuda/grad_scores.cu"
@@ -7,6 +8,7 @@
 #include "cuda/masked_linear.cu"
 #include "cuda/pack_mask.cu"
 #include "cuda/random.cu"
+#include "gemm_on_host.h"
 
 STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
   m.def("effective_weight(Tensor weight, Tensor scores, Tensor beta, int kind, Tensor(a!) w_eff, Tensor(b!) penalty)"
