@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import subnet_kernels as sk
-from benchmarks import gpu_cuda
-from subnet_kernels.backends import native
+from benchmarks import gpu_correctness, gpu_cuda
+from subnet_kernels.backends import cuda_gemm, native
 from subnet_kernels.dispatch import BACKENDS as BACKENDS_BY_NAME
 from subnet_kernels.testing import conv_case, linear_case, ours, worst_errors
 
@@ -320,3 +320,15 @@ def test_a_captured_schedule_and_a_lam_on_the_device_advance_with_every_replay(b
         m = torch.sigmoid(torch.tensor(beta * -0.1)).item()
         assert torch.allclose(scores.grad, torch.full_like(scores, lam.item() * beta * m * (1 - m)), rtol=1e-4)
         lam *= 0.5
+
+
+@pytest.mark.skipif(not cuda_gemm.kernels(), reason="the extension was built without CUTLASS")
+def test_cuda_products_match_fp64_repeat_to_the_bit_and_see_new_numbers_when_replayed():
+    checks = dict(gpu_correctness.cuda_score_gradient_checks(seed=1))
+    assert checks and max(checks.values()) <= 1, {name: ratio for name, ratio in checks.items() if not ratio <= 1}
+
+
+@needs_cuda_kernels
+def test_cuda_linear_layers_with_few_rows_match_fp64():
+    checks = dict(gpu_correctness.cuda_few_rows_checks(seed=1))
+    assert checks and max(checks.values()) <= 1, {name: ratio for name, ratio in checks.items() if not ratio <= 1}
