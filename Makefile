@@ -11,7 +11,7 @@ REQUIRE := $(if $(shell command -v $${CXX:-g++}),--require-backend cpu)
 IS_LINUX := $(filter Linux,$(shell uname))  # there is no Triton elsewhere
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
-.PHONY: help setup demo test test-triton36 lint bench docs cutlass-headers gpu-check clean
+.PHONY: help setup demo test test-triton36 lint bench docs cutlass cutlass-headers gpu-check clean
 
 help:
 	@echo "make setup      create .venv, install pinned versions, build the extension"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make bench      the benchmarks, against eager PyTorch, torch.compile, nn.Linear and NeuroSurgeon"
 	@echo "make docs       check that the code in the docs runs and that their links lead somewhere"
+	@echo "make cutlass    build the products on CUTLASS too, where there is nvcc (make test does)"
 	@echo "make cutlass-headers  copy CUTLASS's headers to build/cutlass, for a GPU machine without network"
 	@echo "make gpu-check  build, test and measure on a GPU machine; results in OUT=folder, PARTS=some,parts"
 
@@ -33,18 +34,25 @@ setup: .venv/.done
 	@$(PIP) install -q -c constraints.txt torch
 	@echo "== 3/4 libraries and tools"
 	@$(PIP) install -q -c constraints.txt setuptools wheel ninja numpy
-	@# headers alone: what else the package asks for is of its generator
-	@if command -v nvcc > /dev/null || test -n "$$CUDA_HOME"; then \
-		$(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass; fi
-	@echo "== 4/4 this package, with its C++ extension (a minute; ten where nvcc is installed)"
+	@echo "== 4/4 this package, with its C++ extension (a minute; two where nvcc is installed)"
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@$(BIN)/subnets doctor
 	@touch .venv/.done
 
+# The products on CUTLASS take minutes to compile, and no GPU's table asks for them yet: only for tests and on request.
+cutlass: .venv/.cutlass
+
+.venv/.cutlass: .venv/.done
+	@if command -v nvcc > /dev/null || test -n "$$CUDA_HOME"; then \
+		echo "== the products on CUTLASS (5 minutes on 2 cores)" && \
+		$(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass && \
+		$(BIN)/python setup.py -q build_ext --inplace; fi
+	@touch .venv/.cutlass
+
 demo: setup
 	@$(BIN)/subnets run arithmetic --preset quick --out runs/demo
 
-test: setup
+test: cutlass
 	@$(BIN)/python -m pytest -n 2 $(REQUIRE) tests subnet_kernels python_api
 	$(if $(IS_LINUX),@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton.py)
 
@@ -66,6 +74,7 @@ docs: setup
 
 # copies CUTLASS's headers to where a build looks that has no package: for machines without network
 cutlass-headers: setup
+	@$(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass
 	@rm -rf build/cutlass && mkdir -p build/cutlass
 	@cp -r "$$($(BIN)/python -c 'from importlib.util import find_spec; from pathlib import Path; \
 		print(Path(find_spec("cutlass_library").origin).parent / "source")')/include" build/cutlass/include
@@ -74,4 +83,4 @@ gpu-check:
 	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)" --parts "$(PARTS)"
 
 clean:
-	rm -rf build dist *.egg-info subnet_kernels/_C.abi3.so .venv/.done
+	rm -rf build dist *.egg-info subnet_kernels/_C.abi3.so .venv/.done .venv/.cutlass

@@ -43,7 +43,7 @@ def test_no_kernel_spills_or_has_its_wgmma_serialised():
 
 def test_products_run_on_tensor_cores_and_each_is_built_for_its_own_architecture():
     if not has_cutlass():
-        pytest.skip("the headers of CUTLASS are not here: make setup fetches them")
+        pytest.skip("the headers of CUTLASS are not here: make cutlass fetches them")
     found = {(row.kernel, row.arch): row.products for row in built() if row.products}
     few_rows = {key for key in found if key[0].startswith("masked_linear_kernel<")}
     assert len(few_rows) == 2 * 3 * 2 * len(ARCHS)  # dtypes, tiles of rows of x, warps along the rows of weight
