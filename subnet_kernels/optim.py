@@ -378,6 +378,8 @@ class _Known(NamedTuple):
 
 def _check_capture(optimizer: torch.optim.Optimizer) -> None:
     """torch's own refusal to be captured where a group is not capturable; its name depends on the version."""
+    if not torch.cuda.is_initialized():
+        return None
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         if (check := getattr(optimizer, name, None)) is not None:
             return check()
