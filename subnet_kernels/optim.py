@@ -215,6 +215,7 @@ class MaskAdamW(torch.optim.AdamW):
         """(Again) say of all masked scores that they are stepped in the backward pass, if they are."""
         self._stepped: dict[int, _Finished] = {}
         self._next_betas: dict[tuple[int, int], Tensor] = {}
+        self._spent: dict[int, SpentGradient] = {}  # by id of the scores
         self._group_of: dict[int, int] = {}  # number of the group by id of the scores
         if self.in_backward:
             self._step_supports_amp_scaling = True  # so that a GradScaler leaves the refusal to the step
@@ -237,7 +238,6 @@ class MaskAdamW(torch.optim.AdamW):
                         "MaskAdamW: in_backward=True: step() was called again without a backward pass in between"
                     )
 
-    @torch.no_grad()
     def step_use(self, use: Use, linear: tuple[Tensor, Tensor, Tensor | None] | None, grads: Any) -> bool:
         """Called by a layer's backward pass: step ``use.scores``.
 
@@ -248,7 +248,7 @@ class MaskAdamW(torch.optim.AdamW):
         scores = use.scores
         group = self.param_groups[self._group_of[id(scores)]]
         _check_group(group)
-        lam = _check_lam(group["lam"], group["params"])
+        lam = _check_lam_value(group["lam"], [scores])
         is_of_scores = isinstance(grads, Tensor)
         entry = self._entry_of(scores, group, grads if is_of_scores else None)
         masked, backend = self._kernel_of(entry, group)
@@ -295,7 +295,10 @@ class MaskAdamW(torch.optim.AdamW):
     def _finish_use(self, use: Use, finished: _Finished | None) -> None:
         scores = use.scores
         self._stepped[id(scores)] = finished or _Finished(None, scores, scores, 0, scores, None)
-        scores.grad = SpentGradient.like(scores)
+        spent = self._spent.get(id(scores))
+        if spent is None or spent.shape != scores.shape or spent.dtype != scores.dtype or spent.device != scores.device:
+            spent = self._spent[id(scores)] = SpentGradient.like(scores)
+        scores.grad = spent
 
     def check_use(self, use: Use) -> None:
         """Refuse, before anything is done, what a step in the backward pass would get wrong."""
@@ -314,6 +317,9 @@ class MaskAdamW(torch.optim.AdamW):
 
     def _entry_of(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> _Entry:
         """The entry of one parameter, whatever its gradient."""
+        state = self.state.get(param)
+        if state and state["exp_avg"].dtype == self.moment_dtype:
+            return _Entry(param, param.detach() if grad is None else grad, *(state[name] for name in _STATE))
         before, param.grad = param.grad, param.detach()  # torch makes the state only of what has a gradient
         try:
             entry = self._entries({**group, "params": [param]})[0]
@@ -385,6 +391,9 @@ def _check_capture(optimizer: torch.optim.Optimizer) -> None:
             return check()
 
 
+_STATE = ("exp_avg", "exp_avg_sq", "step")  # of torch's AdamW, in the order of an _Entry
+
+
 class _Entry(NamedTuple):
     """One parameter of a step."""
 
@@ -443,6 +452,13 @@ def _in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.reshape(-1)
 
 
+def _count(steps: list[Tensor], by: int) -> None:
+    if len(steps) == 1:
+        steps[0].add_(by)
+    else:
+        torch._foreach_add_(steps, by)  # pyright: ignore
+
+
 class _Kept(NamedTuple):
     """An effective weight that a step wrote."""
 
@@ -493,7 +509,7 @@ def _mask_adamw(
     effective weights of layers that keep one. Says which; they are not marked fresh yet."""
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(p) for p in zip(*(e for e, _ in entries), strict=True))
     masked = [of for _, of in entries]
-    torch._foreach_add_(steps, 1)  # pyright: ignore
+    _count(steps, 1)
     kept: list[_Kept | None] = []
     slots: list[tuple[Tensor, Tensor] | None] = []
     for param, of in zip(params, masked, strict=True):
@@ -518,7 +534,7 @@ def _mask_adamw(
     try:
         run(params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers)
     except Exception:
-        torch._foreach_add_(steps, -1)  # pyright: ignore  # refused: nothing was done
+        _count(steps, -1)  # refused: nothing was done
         raise
     return kept
 
@@ -528,7 +544,7 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError("MaskAdamW: amsgrad and maximize are not built; leave them False")
 
 
-def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
+def _check_lam_value(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
     if isinstance(lam, Tensor):
         devices = {str(scores.device) for scores in params}
         if lam.dim() != 0 or not lam.is_floating_point() or {str(lam.device)} != devices:
@@ -538,6 +554,11 @@ def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
             )
     elif not math.isfinite(lam) or lam < 0:
         raise ValueError(f"MaskAdamW: lam must be finite and >= 0, got {lam}")
+    return lam
+
+
+def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
+    _check_lam_value(lam, params)
     has_penalty = isinstance(lam, Tensor) or lam > 0
     if has_penalty and not any(masked_of(scores) is not None for scores in params):
         value = "a tensor" if isinstance(lam, Tensor) else lam
