@@ -1,6 +1,6 @@
 // The arithmetic of one AdamW step of mask scores, for host and device, in fp32 and in the order of torch's fused AdamW.
 //
-// Over a policy `Math` as in mask.h, which also provides square_root(Float), rounded correctly.
+// Over a policy `Root` that provides Float and over_root(numerator, v, scale, eps) = numerator / (sqrt(v)*scale + eps).
 // Source: Loshchilov, Hutter, ICLR 2019.
 #pragma once
 
@@ -17,7 +17,7 @@ struct AdamWSettings {
   float one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
-inline AdamWSettings adamw_settings(double lr, double beta1, double beta2, double eps, double weight_decay) {
+SUBNET_INLINE AdamWSettings adamw_settings(double lr, double beta1, double beta2, double eps, double weight_decay) {
   return {lr, weight_decay, log2(beta1), log2(beta2), (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps};
 }
 
@@ -37,14 +37,23 @@ SUBNET_INLINE AdamWRates adamw_rates(const AdamWSettings& settings, double lr, d
 // The new scores; m and v, the moments, are brought forward.
 //   s = s - decay*s      m = m + (1-beta1)*(g - m)      v = beta2*v + (1-beta2)*g*g
 //   s = s - step_size*m / (sqrt(v)*root_scale + eps)
-template <class Math>
-SUBNET_INLINE typename Math::Float adamw_step(const AdamWSettings& settings, const AdamWRates& rates,
-                                              typename Math::Float score, typename Math::Float grad,
-                                              typename Math::Float& m, typename Math::Float& v) {
+template <class Root>
+SUBNET_INLINE typename Root::Float adamw_step(const AdamWSettings& settings, const AdamWRates& rates,
+                                              typename Root::Float score, typename Root::Float grad,
+                                              typename Root::Float& m, typename Root::Float& v) {
   score = score - rates.decay * score;
   m = m + settings.one_minus_beta1 * (grad - m);
   v = settings.beta2 * v + settings.one_minus_beta2 * grad * grad;
-  return score - rates.step_size * m / (Math::square_root(v) * rates.root_scale + settings.eps);
+  return score - Root::over_root(rates.step_size * m, v, rates.root_scale, settings.eps);
 }
+
+// With Math's square root and division, both rounded correctly.
+template <class Math>
+struct ExactRoot {
+  using Float = typename Math::Float;
+  static SUBNET_INLINE Float over_root(Float numerator, Float v, float scale, float eps) {
+    return numerator / (Math::square_root(v) * scale + eps);
+  }
+};
 
 }  // namespace subnet

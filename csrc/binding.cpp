@@ -405,11 +405,7 @@ subnet::MaskAdamW settings_of(const char* op, const AdamW& adamw, const Tensor& 
   params.beta = *scalar_of(op, "beta", beta, cpu());
   params.next_beta = *scalar_of(op, "next_beta", next_beta, cpu());
   params.penalty_scale = (float)adamw.lam;
-  params.decay = (float)(adamw.lr * adamw.weight_decay);
-  params.one_minus_beta1 = (float)(1 - adamw.beta1);
-  params.beta2 = (float)adamw.beta2;
-  params.one_minus_beta2 = (float)(1 - adamw.beta2);
-  params.eps = (float)adamw.eps;
+  params.settings = subnet::adamw_settings(adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay);
   return params;
 }
 
@@ -447,10 +443,9 @@ void* moment_of(const char* op, const char* name, const Tensor& tensor, const Vi
 
 // The step's own numbers.
 void set_step(const char* op, subnet::MaskAdamW& params, const AdamW& adamw, double step) {
-  STD_TORCH_CHECK(step >= 1, op, ": steps count from 1, got ", step);
+  STD_TORCH_CHECK(step >= 1 && step < 0x1p53, op, ": steps count from 1, got ", step);
   params.step = (uint32_t)(int64_t)step;
-  params.step_size = (float)(adamw.lr / (1 - std::pow(adamw.beta1, step)));
-  params.root_scale = (float)(1 / std::sqrt(1 - std::pow(adamw.beta2, step)));
+  params.rates = subnet::adamw_rates(params.settings, adamw.lr, step);
 }
 
 // An entry without effective weight has 0 elements as its w_eff and its penalty. of_w_eff: grads are the effective
@@ -477,6 +472,7 @@ void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& gr
     check_is_dense(op, weight);
     subnet::MaskAdamW& params = tensors[i];
     params.num = numel(weight);
+    STD_TORCH_CHECK(firsts[i] >= 0, op, ": firsts must be at least 0, got ", firsts[i]);
     params.first = firsts[i];
     written.push_back(view_of_float32(op, "scores", scores[i], cpu()));
     check_strides(op, written.back(), weight);
@@ -539,6 +535,7 @@ void linear_step(const Tensor& grad_out, const std::optional<Tensor>& grad_penal
   float* penalty_at = nullptr;
   const int64_t num_blocks = ceil_div(product.n, subnet::kLinearBlock);
   Partials partials(num_blocks);
+  STD_TORCH_CHECK(penalty.numel() > 0 || w_eff.numel() == 0, op, ": w_eff without penalty must have 0 elements");
   if (penalty.numel() > 0) {
     penalty_at = scalar_of(op, "penalty", penalty, cpu());
     params.w_eff = floats_of(op, "w_eff", w_eff, num_weights);

@@ -1,4 +1,5 @@
-// Checks of binding.cpp and binding_cuda.cpp: what a tensor must be before a kernel sees its pointer. Each refusal says op, argument,
+// Checks of binding.cpp and binding_cuda.cpp: what a tensor must be before a kernel sees its pointer. Each refusal says
+// op, argument,
 // expectation and what came.
 #pragma once
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "adamw.h"
 #include "dtype.h"
 #include "mask.h"
 
@@ -112,10 +113,8 @@ struct MaskAdamW {
   float grad_penalty;                      // with that: the penalty's
   float beta, next_beta;                   // of the slope, of the new mask
   float penalty_scale;                     // lam * weights per score
-  float decay;                             // lr * weight_decay
-  float one_minus_beta1, beta2, one_minus_beta2, eps;
-  float step_size;                         // lr / (1 - beta1^step)
-  float root_scale;                        // 1 / sqrt(1 - beta2^step)
+  AdamWSettings settings;
+  AdamWRates rates;
   Dtype weight_dtype, w_eff_dtype, grad_dtype, moment_dtype;
 };
 

@@ -28,18 +28,23 @@ class Use:
         self.scores, self.is_transposed = scores, is_transposed  # whether the op gets scores.t()
         self._stepper, self._is_over = stepper, False
 
-    def begin(self) -> None:
-        """Refuse what the step would get wrong, before anything is done."""
+    def begin(self) -> bool:
+        """Refuse what the step would get wrong, before anything is done. False: this pass does not want the scores'
+        gradient (torch.autograd.grad of something else, backward(inputs=...)), and nothing is to be stepped."""
+        node = torch.autograd.graph.get_gradient_edge(self.scores).node
+        if not torch._C._will_engine_execute_node(node):  # pyright: ignore
+            return False
         others = _uses.get(id(self.scores), ())
         if self._is_over:
             raise RuntimeError("MaskAdamW: in_backward=True: this backward pass has already stepped the scores")
         if any(other is not self and other.scores is self.scores for other in others):
             raise RuntimeError(
                 "MaskAdamW: in_backward=True: another forward pass of the same masked layer is waiting for its "
-                "backward pass (a layer used twice, or a loss of an earlier pass that is still alive); use "
-                "in_backward=False, and torch.no_grad() where nothing is trained"
+                "backward pass (a layer used twice, or a loss or an exception of an earlier pass that is "
+                "still alive); use in_backward=False, and torch.no_grad() where nothing is trained"
             )
         self._stepper.check_use(self)
+        return True
 
     def end(self) -> None:
         self._is_over = True
@@ -121,8 +126,11 @@ class SpentGradient(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _HARMLESS:
-            if "zero_" in func.__name__:
-                return None
+            if func.__name__ == "_foreach_zero_":
+                others = [tensor for tensor in args[0] if not isinstance(tensor, SpentGradient)]
+                return func(others) if others else None
+            if func.__name__ == "zero_":
+                return args[0]
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(

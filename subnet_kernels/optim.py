@@ -67,8 +67,10 @@ class MaskAdamW(torch.optim.AdamW):
     placeholder that refuses to be read, and ``step()`` advances the schedule and steps what got its gradient in another
     way (a compiled layer, a parameter that is no layer's scores) or none. The trajectory is the same. Whatever needs
     the gradients of a whole pass is refused: clipping, accumulation over several passes, GradScaler, hooks on scores, a
-    layer that runs twice in one pass, several processes (DDP). Lower memory is the first reason to use it: it saves 4
-    bytes per weight.
+    layer that runs twice in one pass, several processes (DDP), rates or lam that change between the backward pass,
+    which reads them, and ``step()``. A refusal comes before that layer is touched; layers behind it may have been
+    stepped, so go on from a checkpoint. Between backward pass and ``step()`` forward passes see the new scores. Lower
+    memory is the first reason to use it: it saves 4 bytes per weight.
 
     Attributes:
         advance: called between reading beta and writing effective weights, to change beta: MaskSet.adamw puts the
@@ -77,7 +79,9 @@ class MaskAdamW(torch.optim.AdamW):
             effective weights of that beta. Without it, and with ``advance``, they write none.
 
     Args:
-        params: parameters or groups of them; a group may set its own ``lam``.
+        params: parameters or groups of them (a copied or unpickled optimizer has no ``advance`` and ``upcoming``: to
+            go on with a copy, make a new one by MaskSet.adamw and load the state into it); a group may set its own
+            ``lam``.
         lr, betas, eps, weight_decay: as AdamW (decoupled decay, which also decays scores).
         lam: weight of the penalty per masked weight, finite and >= 0. Or a 0-d floating-point tensor on the scores'
             device, which may be changed in place between steps; its value is read on the device only, so that it is
@@ -90,9 +94,8 @@ class MaskAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: a float lam is negative or not finite; lam is positive or a tensor for a group without any masked
-            layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device.
-            amsgrad or maximize is set in a group (at the step).
-            moment_dtype is another dtype.
+            layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device; amsgrad or maximize is
+            set in a group (at the step); moment_dtype is another dtype.
         RuntimeError: with in_backward, by the backward pass or the step, where it would be wrong.
 
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
@@ -135,7 +138,7 @@ class MaskAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         if "lam" in self.defaults:
             self._complete(self.param_groups[-1])
-            self._begin_in_backward()
+            self._register()
 
     def _complete(self, group: dict[str, Any]) -> None:
         group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
@@ -150,6 +153,8 @@ class MaskAdamW(torch.optim.AdamW):
             group.setdefault("lam", lam)  # torch's own AdamW has none
             if isinstance(lam, Tensor):
                 group["lam"] = lam.copy_(torch.as_tensor(group.get("lam", lam)))
+            self._complete(group)
+        self._stepped = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,17 +172,19 @@ class MaskAdamW(torch.optim.AdamW):
 
     def _step(self) -> None:
         _check_capture(self)
-        stepped, self._stepped, self._next_betas = self._stepped, {}, {}
         if self.in_backward:
-            self._check_after_backward(stepped)
+            self._check_after_backward()
+        stepped, self._stepped, self._next_betas = self._stepped, {}, {}
+        current = [finished for finished in stepped.values() if finished.is_current()]
         batches: dict[tuple[Any, ...], list[tuple[_Entry, Masked]]] = {}
+        made: list[Tensor] = []  # scores whose gradient was made here
         has_others = any(finished.kept is None for finished in stepped.values())
         for number, group in enumerate(self.param_groups):
             _check_group(group)
             lam = _check_lam(group["lam"], group["params"])
             params = [p for p in group["params"] if id(p) not in stepped]
             if has_penalty := isinstance(lam, Tensor) or lam > 0:
-                _make_missing_gradients(params)
+                made += _make_missing_gradients(params)
             others = []
             for entry in self._entries({**group, "params": params}):
                 masked, backend = self._kernel_of(entry, group)
@@ -195,7 +202,6 @@ class MaskAdamW(torch.optim.AdamW):
         self.writes_effective_weights = not self._optimizer_step_post_hooks
         betas = {key[3]: entries[0][1].beta for key, entries in batches.items()}
         before = {number: beta.clone() for number, beta in betas.items()}
-        current = [finished for finished in stepped.values() if finished.is_current()]
         if self.advance is not None:
             self.advance()
         for (number, backend, kind, beta), entries in batches.items():
@@ -206,8 +212,12 @@ class MaskAdamW(torch.optim.AdamW):
             for keeps in kept:
                 if keeps is not None:
                     keeps.mark_fresh(betas[beta], kind)
-        for finished in current:
-            finished.mark_fresh(self.writes_effective_weights)
+        for scores in made if self.in_backward else ():
+            scores.grad = None  # else the next backward pass would find it
+        is_foretold = self._is_foretold()
+        for finished in current if self._may_write() else ():
+            finished.mark_fresh(is_foretold)
+        self._register()
 
     # --- in backward --------------------------------------------------------------------------------------------------
 
@@ -217,15 +227,30 @@ class MaskAdamW(torch.optim.AdamW):
         self._next_betas: dict[tuple[int, int], Tensor] = {}
         self._spent: dict[int, SpentGradient] = {}  # by id of the scores
         self._group_of: dict[int, int] = {}  # number of the group by id of the scores
-        if self.in_backward:
-            self._step_supports_amp_scaling = True  # so that a GradScaler leaves the refusal to the step
-            for number, group in enumerate(self.param_groups):
-                for scores in group["params"]:
-                    if masked_of(scores) is not None:
-                        self._group_of[id(scores)] = number
-                        step_in_backward(scores, self)
+        self._register()
 
-    def _check_after_backward(self, stepped: dict[int, _Finished]) -> None:
+    def _register(self) -> None:
+        """The same for what is new: parameters that were added, scores of a copied model that were bound since."""
+        if not self.in_backward or len(self._group_of) == sum(len(group["params"]) for group in self.param_groups):
+            return
+        self._step_supports_amp_scaling = True  # so that a GradScaler leaves the refusal to the step
+        for number, group in enumerate(self.param_groups):
+            for scores in group["params"]:
+                if id(scores) not in self._group_of and masked_of(scores) is not None:
+                    self._group_of[id(scores)] = number
+                    step_in_backward(scores, self)
+
+    def _is_foretold(self) -> bool:
+        """Whether what ``upcoming`` says is what ``advance`` does: both are of one object (MaskSet.adamw's)."""
+        owners = [getattr(function, "__self__", function) for function in (self.advance, self.upcoming)]
+        return owners[0] is owners[1]
+
+    def _may_write(self) -> bool:
+        """Whether no hook around the step may write scores through .data, after the backward pass and unnoticed."""
+        return not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks
+
+    def _check_after_backward(self) -> None:
+        stepped = self._stepped
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 "MaskAdamW: in_backward=True can't work with a GradScaler: scores were already stepped with scaled "
@@ -233,10 +258,19 @@ class MaskAdamW(torch.optim.AdamW):
             )
         for group in self.param_groups:
             for scores in group["params"]:
-                if isinstance(scores.grad, SpentGradient) and id(scores) not in stepped:
+                if id(scores) in stepped or not isinstance(scores.grad, SpentGradient):
+                    continue
+                if not stepped:
                     raise RuntimeError(
                         "MaskAdamW: in_backward=True: step() was called again without a backward pass in between"
                     )
+                scores.grad = None  # of an earlier pass: this one did not run its layer
+        for number, numbers in {finished.group: finished.numbers for finished in stepped.values()}.items():
+            if _numbers_of(self.param_groups[number]) != numbers:
+                raise RuntimeError(
+                    "MaskAdamW: in_backward=True: lr, betas, eps, weight_decay or lam were changed between the "
+                    "backward pass, which has used them, and step(); change them after step()"
+                )
 
     def step_use(self, use: Use, linear: tuple[Tensor, Tensor, Tensor | None] | None, grads: Any) -> bool:
         """Called by a layer's backward pass: step ``use.scores``.
@@ -259,7 +293,7 @@ class MaskAdamW(torch.optim.AdamW):
             self._finish_use(use, None)
             return True
         beta, kind = masked.beta, masked.kind
-        writes = not self._optimizer_step_post_hooks and (self.advance is None or self.upcoming is not None)
+        writes = self._may_write() and (self.advance is None or self.upcoming is not None)
         next_beta = self._next_beta(beta)
 
         mask_adamw: Any = backend.mask_adamw_
@@ -279,7 +313,7 @@ class MaskAdamW(torch.optim.AdamW):
         kept = _mask_adamw(run, kind, [(entry, masked)], group, beta, next_beta, writes, in_backward=True)
         finished = _Finished(kept[0], scores, beta, beta._version, next_beta, kind)
         if finished.kept is not None:
-            finished = finished._replace(versions=finished.read_versions())
+            finished = finished._replace(versions=finished.read_versions(), stamp=finished.kept.slot.stamp())
         self._finish_use(use, finished)
         return True
 
@@ -294,7 +328,9 @@ class MaskAdamW(torch.optim.AdamW):
 
     def _finish_use(self, use: Use, finished: _Finished | None) -> None:
         scores = use.scores
-        self._stepped[id(scores)] = finished or _Finished(None, scores, scores, 0, scores, None)
+        finished = finished or _Finished(None, scores, scores, 0, scores, None)
+        group = self._group_of[id(scores)]
+        self._stepped[id(scores)] = finished._replace(group=group, numbers=_numbers_of(self.param_groups[group]))
         spent = self._spent.get(id(scores))
         if spent is None or spent.shape != scores.shape or spent.dtype != scores.dtype or spent.device != scores.device:
             spent = self._spent[id(scores)] = SpentGradient.like(scores)
@@ -307,6 +343,12 @@ class MaskAdamW(torch.optim.AdamW):
             raise RuntimeError(
                 "MaskAdamW: in_backward=True steps scores once between two calls of step(), and these got a second "
                 "gradient: no accumulation over backward passes, no layer used twice in one; use in_backward=False"
+            )
+        if scores.grad is not None and not isinstance(scores.grad, SpentGradient):
+            raise RuntimeError(
+                "MaskAdamW: in_backward=True: scores.grad already holds a gradient, which this step would miss (of "
+                "another backward pass, or zeros of zero_grad(set_to_none=False)); call zero_grad() before, or use "
+                "in_backward=False"
             )
         if scores._backward_hooks or scores._post_accumulate_grad_hooks:  # pyright: ignore
             raise RuntimeError(
@@ -482,6 +524,9 @@ class _Finished(NamedTuple):
     next_beta: Tensor
     kind: MaskKind | None
     versions: tuple[int, ...] = ()
+    stamp: tuple[object, int] | None = None
+    group: int = 0
+    numbers: tuple[Any, ...] = ()  # lr and so on, as they were
 
     def read_versions(self) -> tuple[int, ...]:
         assert self.kept is not None
@@ -491,13 +536,13 @@ class _Finished(NamedTuple):
         """Whether nobody has touched anything since."""
         return (
             self.kept is not None and self.kept.slot.w_eff is self.kept.w_eff and self.read_versions() == self.versions
-            and self.beta._version == self.beta_version
+            and self.beta._version == self.beta_version and self.kept.slot.has_stamp(self.stamp)
         )  # fmt: skip
 
-    def mark_fresh(self, writes: bool) -> None:
-        """After beta has advanced."""
+    def mark_fresh(self, is_foretold: bool) -> None:
+        """After beta has advanced: to what was foretold, which on a GPU is not looked at."""
         assert self.kept is not None and self.kind is not None
-        if writes and (self.beta.is_cuda or torch.equal(self.beta, self.next_beta)):
+        if is_foretold if self.beta.is_cuda else torch.equal(self.beta, self.next_beta):
             self.kept.mark_fresh(self.beta, self.kind)
 
 
@@ -539,6 +584,12 @@ def _mask_adamw(
     return kept
 
 
+def _numbers_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a step reads of its group, tensors by identity and version."""
+    values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["lam"])
+    return tuple((id(value), value._version) if isinstance(value, Tensor) else value for value in values)
+
+
 def _check_group(group: dict[str, Any]) -> None:
     if group["amsgrad"] or group["maximize"]:
         raise ValueError("MaskAdamW: amsgrad and maximize are not built; leave them False")
@@ -569,14 +620,17 @@ def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
     return lam
 
 
-def _make_missing_gradients(params: list[Tensor]) -> None:
-    """Scores that got no gradient are still pushed by the penalty."""
+def _make_missing_gradients(params: list[Tensor]) -> list[Tensor]:
+    """Scores that got no gradient are still pushed by the penalty: those that were given one of zeros."""
+    made = []
     for scores in params:
         if scores.grad is not None or not scores.requires_grad:
             continue
         masked = masked_of(scores)
         if masked is not None and masked.kind.is_trainable:
             scores.grad = torch.zeros_like(scores)
+            made.append(scores)
+    return made
 
 
 def _add_penalty_gradients(entries: list[tuple[_Entry, Masked | None]], lam: float | Tensor) -> None:

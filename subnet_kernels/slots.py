@@ -80,8 +80,8 @@ class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
     __slots__ = (
-        "__weakref__", "_kept", "_key", "_made_for", "_was_captured", "is_made_in_product", "number", "penalty",
-        "w_eff",
+        "__weakref__", "_kept", "_key", "_made_for", "_stamp", "_was_captured", "is_made_in_product", "number",
+        "penalty", "w_eff",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -91,6 +91,7 @@ class Slot:
         self._key: tuple[Any, ...] | None = None
         self._made_for: tuple[Any, ...] | None = None  # the weight's metadata and the capture that the buffers fit
         self._was_captured = False  # replays may change scores behind the key: outside of captures nothing is fresh
+        self._stamp: tuple[object, int] | None = None  # of what was written ahead, see stamp()
         self._kept: tuple[Tensor, Tensor] | None = None  # the key's tensors, so that no other can get their addresses
         # whether the last forward pass that found it stale made the effective weight within its product, which costs
         # less than a pass of its own: an optimizer then leaves it to the next
@@ -103,11 +104,20 @@ class Slot:
 
     def clear(self) -> None:
         """Make this slot stale; its memory is kept for the next use."""
-        self._key = self._kept = None
+        self._key = self._kept = self._stamp = None
+
+    def stamp(self) -> tuple[object, int]:
+        """Note that the buffers were written for a beta that is still to come. The mark says, with has_stamp, whether
+        nothing has cleared this slot, or all of them, since."""
+        self._stamp = object(), _generation
+        return self._stamp
+
+    def has_stamp(self, stamp: tuple[object, int] | None) -> bool:
+        return stamp is not None and self._stamp is stamp and stamp[1] == _generation
 
     def release(self) -> None:
         """Make this slot stale and give its memory back."""
-        self.w_eff = self.penalty = self._key = self._kept = self._made_for = None
+        self.w_eff = self.penalty = self._key = self._kept = self._made_for = self._stamp = None
 
     def note_capture(self) -> None:
         """Say that a graph was captured whose replays may change scores or beta: see the module."""

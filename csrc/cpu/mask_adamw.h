@@ -21,7 +21,7 @@ class FlushSubnormals {
     if (is_right(p)) _mm_setcsr(before_ | 0x8040);
   }
   ~FlushSubnormals() { _mm_setcsr(before_); }
-  static bool is_right(const MaskAdamW& p) { return p.eps > p.root_scale * 0x1p-37f; }
+  static bool is_right(const MaskAdamW& p) { return p.settings.eps > p.rates.root_scale * 0x1p-37f; }
 
  private:
   const unsigned before_ = _mm_getcsr();
@@ -64,18 +64,21 @@ struct BFloat16Moments {
   }
 };
 
+template <class F, bool is_exact>
+struct AdamWRoot {
+  using Float = F;
+  static SUBNET_INLINE F over_root(F numerator, F v, float scale, float eps) {
+    return is_exact ? numerator / (square_root(v) * scale + eps) : quick_over_root(numerator, v, scale, eps);
+  }
+};
+
 // The new scores, and m and v brought forward. F is one register or several in step.
 template <bool is_exact, class F>
-SUBNET_INLINE F adamw_step(const MaskAdamW& p, float penalty_scale, F score, F grad, F& m, F& v) {
+SUBNET_INLINE F step_of(const MaskAdamW& p, float penalty_scale, F score, F grad, F& m, F& v) {
   if (penalty_scale != 0.0f) {
     grad = grad + penalty_scale * Mask<RegisterMath<F>>::template slope<Kind::sigmoid>(score, F{} + p.beta);
   }
-  score = score - p.decay * score;
-  m = m + p.one_minus_beta1 * (grad - m);
-  v = p.beta2 * v + p.one_minus_beta2 * grad * grad;
-  const F numerator = p.step_size * m;
-  return score - (is_exact ? numerator / (square_root(v) * p.root_scale + p.eps)
-                           : over_root(numerator, v, p.root_scale, p.eps));
+  return adamw_step<AdamWRoot<F, is_exact>>(p.settings, p.rates, score, grad, m, v);
 }
 
 template <class M, bool is_exact>
@@ -93,7 +96,7 @@ __attribute__((noinline)) void adamw_run(const MaskAdamW& given, float penalty_s
   int64_t i = 0;
   for (; i + kGroup <= count; i += kGroup) {
     Four m = load(exp_avg + i), v = load(exp_avg_sq + i);
-    store_four<Float32>(scores + i, adamw_step<is_exact>(p, penalty_scale, load_four<Float32>(scores + i),
+    store_four<Float32>(scores + i, step_of<is_exact>(p, penalty_scale, load_four<Float32>(scores + i),
                                                          load_four<Float32>(grad + i), m, v));
     int64_t at = i;
     const auto keep = [&](Vector m, Vector v) {
@@ -105,7 +108,7 @@ __attribute__((noinline)) void adamw_run(const MaskAdamW& given, float penalty_s
   for (; i < count; i += kLanes) {
     const int64_t left = count - i < kLanes ? count - i : kLanes;
     Vector m = M::load(exp_avg + i, left), v = M::load(exp_avg_sq + i, left);
-    const Vector score = adamw_step<is_exact>(p, penalty_scale, load_some<Float32>(scores + i, left),
+    const Vector score = step_of<is_exact>(p, penalty_scale, load_some<Float32>(scores + i, left),
                                               load_some<Float32>(grad + i, left), m, v);
     store_some<Float32>(scores + i, score, left);
     M::store(exp_avg + i, exp_avg_sq + i, m, v, index + (uint32_t)i, p.step, left);
@@ -136,9 +139,9 @@ SUBNET_INLINE void mask_adamw_run(const MaskAdamW& p, const void* grad, int64_t 
       penalty_scale = 0.0f;
     }
     const bool is_exact = !FlushSubnormals::is_right(p), is_bf16 = p.moment_dtype == Dtype::bfloat16;
-    (is_bf16 ? (is_exact ? adamw_run<BFloat16Moments, true> : adamw_run<BFloat16Moments, false>)
-             : (is_exact ? adamw_run<Float32Moments, true> : adamw_run<Float32Moments, false>))(p, penalty_scale, of_scores,
-                                                                                              begin, count);
+    const auto run = is_bf16 ? (is_exact ? adamw_run<BFloat16Moments, true> : adamw_run<BFloat16Moments, false>)
+                             : (is_exact ? adamw_run<Float32Moments, true> : adamw_run<Float32Moments, false>);
+    run(p, penalty_scale, of_scores, begin, count);
   }
   if (p.w_eff == nullptr) return;
   with_dtype(p.weight_dtype, [&](auto weight_dtype) {

@@ -110,7 +110,7 @@ SUBNET_INLINE F square_root(F x) {
 // numerator / (sqrt(v) * scale + eps) for v that is 0, at least 2^-126, infinite or NaN, and a denominator in the normal
 // range: AdamW's quotient. Within 4 units in the last place.
 template <class F>
-SUBNET_INLINE F over_root(F numerator, F v, float scale, float eps) {
+SUBNET_INLINE F quick_over_root(F numerator, F v, float scale, float eps) {
 #if defined(__AVX512F__)
   // 14 bits of root and of reciprocal, and one Newton step each, at half the time of the processor's own.
   return each(

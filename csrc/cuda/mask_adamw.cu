@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kHasBf16Moments && kHasWEffGrads ? 3
       } else if (shared.push != 0.0f) {
         grad[k] += shared.push * ScalarMask::slope<Kind::sigmoid>(score[k], shared.beta);
       }
-      score[k] = adamw_step<ScalarMath>(p.settings, shared.rates, score[k], grad[k], m[k], v[k]);
+      score[k] = adamw_step<ExactRoot<ScalarMath>>(p.settings, shared.rates, score[k], grad[k], m[k], v[k]);
     }
     store(scores, Dtype::float32, at, score);
     if constexpr (kHasBf16Moments) {

@@ -74,7 +74,7 @@ class _MaskedConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants, pending = ctx.needs_input_grad, ctx.pending
-        if ctx.use is not None:
+        if ctx.use is not None and ctx.use.begin():
             return _step_in_backward(ctx, grad_out, grad_penalty, x, weight, scores, beta, w_eff)
         if pending is not None and pending.is_open and _can_wait(ctx, grad_out, w_eff):
             assert grad_out is not None
@@ -86,7 +86,7 @@ class _MaskedConv2d(torch.autograd.Function):
             return grad_x, None, None, None, grad_bias, None, None
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_conv2d_backward(
             grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.args, ctx.kind,
-            Needs(wants[0], wants[1], wants[2], wants[4]),
+            Needs(wants[0], wants[1], wants[2] and ctx.use is None, wants[4]),
         )
         return grad_x, grad_weight, grad_scores, None, grad_bias, None, None
 
@@ -97,7 +97,6 @@ def _step_in_backward(
 ) -> Any:
     """As in masked_linear.py."""
     use, wants = ctx.use, ctx.needs_input_grad
-    use.begin()
     is_stepped, made = False, None
     if grad_out is not None and w_eff is not None and not wants[1]:
         needs = wants[0], True, wants[4]

@@ -80,11 +80,11 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None = None) -> Any:
         x, weight, scores, beta, w_eff = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        if ctx.use is not None:
+        if ctx.use is not None and ctx.use.begin():
             return _step_in_backward(ctx, grad_out, grad_penalty, x, weight, scores, beta, w_eff)
+        needs = Needs(wants[0], wants[1], wants[2] and ctx.use is None, wants[4])
         grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_linear_backward(
-            grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.kind,
-            Needs(wants[0], wants[1], wants[2], wants[4]),
+            grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.kind, needs
         )
         return grad_x, grad_weight, grad_scores, None, grad_bias, None
 
@@ -95,15 +95,14 @@ def _step_in_backward(
 ) -> Any:
     """The backward pass of scores whose optimizer steps them in it: other gradients come first, and theirs is None."""
     use, wants = ctx.use, ctx.needs_input_grad
-    use.begin()
     tensors = grad_out, grad_penalty, x, weight, scores, beta, w_eff
     needs = Needs(wants[0], wants[1], False, wants[4])
     grad_x, grad_weight, _, grad_bias = ctx.backend.masked_linear_backward(*tensors, ctx.kind, needs)
     del tensors, w_eff
     is_stepped = False
-    if grad_out is not None:
-        rows, columns = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
-        is_stepped = use.step_linear(rows, columns, grad_penalty)
+    if grad_out is not None and weight.numel():
+        rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
+        is_stepped = use.step_linear(rows, x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), grad_penalty)
     if not is_stepped:
         needs = Needs(False, False, True, False)
         _, _, made, _ = ctx.backend.masked_linear_backward(

@@ -325,6 +325,109 @@ def test_step_again_without_a_backward_pass_is_refused():
     optimizer.step()  # the penalty alone, as ever
 
 
+def test_a_gradient_that_is_there_already_is_refused_before_the_step():
+    masks, _ = started()
+    last = masks.model[7].scores
+    last.grad = torch.ones_like(last)
+    before = last.detach().clone()
+    with pytest.raises(RuntimeError, match="scores.grad already holds a gradient"):
+        passed(masks).backward()
+    assert torch.equal(last, before)
+
+
+@pytest.mark.parametrize("name", ["lr", "lam", "weight_decay"])
+def test_rates_that_change_between_backward_and_step_are_refused(name):
+    masks, optimizer = started()
+    passed(masks).backward()
+    optimizer.param_groups[0][name] = 0.5
+    with pytest.raises(RuntimeError, match="were changed between the backward pass"):
+        optimizer.step()
+    masks, optimizer = started()
+    optimizer.param_groups[0]["lam"] = lam = torch.tensor(0.1)
+    passed(masks).backward()
+    lam.fill_(0.2)
+    with pytest.raises(RuntimeError, match="were changed between the backward pass"):
+        optimizer.step()
+
+
+def test_a_pass_that_does_not_want_the_scores_gradient_steps_nothing():
+    masks, _ = started()
+    bias = masks.model[3].bias.requires_grad_()
+    before = [scores.detach().clone() for scores in masks.scores().values()]
+    x = image(0).requires_grad_()
+    loss = masks.model(x).pow(2).mean()
+    (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+    loss.backward(inputs=[bias], retain_graph=True)
+    assert grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
+    assert all(torch.equal(a, b) for a, b in zip(masks.scores().values(), before, strict=True))
+    with pytest.raises(RuntimeError, match="autograd.grad"):
+        torch.autograd.grad(loss, list(masks.scores().values()), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(masks.scores().values(), before, strict=True))
+    loss.backward()
+    assert not any(torch.equal(a, b) for a, b in zip(masks.scores().values(), before, strict=True))
+
+
+def test_a_layer_that_one_pass_leaves_out_goes_on_without_zero_grad():
+    masks, optimizer = started()
+    other = mask_model(network(), init=random_scores)
+    plain = other.adamw(lr=0.01, lam=0.02)
+    for step, parts in enumerate((8, 7, 8)):
+        for m, o in ((masks, optimizer), (other, plain)):
+            m.model[:parts](image(step)).pow(2).mean().backward()
+            o.step()
+            o.zero_grad(set_to_none=m is other)
+    for a, b in zip(masks.scores().values(), other.scores().values(), strict=True):
+        assert (a - b).abs().max() <= 64 * U * b.abs().max()
+
+
+def test_a_parameter_added_in_the_middle_of_a_pass_and_a_load_after_a_failed_one():
+    masks, optimizer = started()
+    passed(masks).backward()
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lam": 0.0})
+    optimizer.step()
+    optimizer.zero_grad()
+    saved = copy.deepcopy(optimizer.state_dict())
+    passed(masks, 1).backward()
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    passed(masks, 2).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 8)])
+def test_empty_layers_are_stepped_too(sizes):
+    masks = mask_model(nn.Linear(*sizes))
+    optimizer = masks.adamw(in_backward=True)
+    for _ in range(2):
+        masks.model(torch.ones(3, sizes[0])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_zeroing_a_list_of_gradients_leaves_placeholders_alone():
+    masks, _ = started()
+    bias = masks.model[3].bias.requires_grad_()
+    passed(masks).backward()
+    torch._foreach_zero_([bias.grad, *(scores.grad for scores in masks.scores().values())])
+    assert not bias.grad.any()
+
+
+def test_torchs_own_state_can_be_loaded_and_the_kernels_stay_in_use():
+    masks = mask_model(network(), init=random_scores)
+    torchs = torch.optim.AdamW(masks.scores().values(), lr=0.01)
+    for scores in masks.scores().values():
+        scores.grad = torch.ones_like(scores)
+    torchs.step()
+    torchs.zero_grad()
+    optimizer = masks.adamw(lr=0.01, lam=0.02)
+    optimizer.load_state_dict(torchs.state_dict())
+    assert all(group["fused"] for group in optimizer.param_groups)
+    passed(masks).backward()
+    optimizer.step()
+    masks.check_fresh()
+
+
 # --- nothing stale ---------------------------------------------------------------------------------------------------
 
 
@@ -369,11 +472,36 @@ def test_tricks_between_backward_and_step_leave_nothing_stale(backend):
 
         optimizer.register_step_post_hook(post)
 
-    def to_bf16_and_back(masks, optimizer):
+    def to_fp64_and_back(masks, optimizer):
         masks.model.to(torch.float64).to(torch.float32)
 
+    def edit_data_and_invalidate(masks, optimizer):
+        for scores in masks.scores().values():
+            scores.data.clamp_(-0.1, 0.1)
+        masks.invalidate()
+
+    def edit_betas_data_and_invalidate(masks, optimizer):
+        masks._state.beta.data.fill_(2.5)
+        masks.invalidate()
+
+    def old_style_optimizer_on_the_weights(masks, optimizer):
+        class OldStyle(torch.optim.SGD):
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for weight in group["params"]:
+                        weight.data.add_(0.1)
+
+        OldStyle([layer.weight for layer in masks.layers.values()], lr=0.1).step()
+
+    def pre_hook(masks, optimizer):
+        def pre(*_):
+            for scores in masks.scores().values():
+                scores.data.neg_()
+
+        optimizer.register_step_pre_hook(pre)
+
     tricks = [v for v in locals().values() if callable(v)]
-    assert len(tricks) == 10
+    assert len(tricks) == 14
     with use_backend(backend):
         for trick in tricks:
             masks = mask_model(network(), init=random_scores)

@@ -41,6 +41,6 @@ EXPORT void adamw(const double* numbers, float* scores, const float* grads, floa
   const auto settings = subnet::adamw_settings(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]);
   const auto rates = subnet::adamw_rates(settings, settings.lr, numbers[5]);
   for (int64_t i = 0; i < num; ++i) {
-    scores[i] = subnet::adamw_step<ScalarMath>(settings, rates, scores[i], grads[i], m[i], v[i]);
+    scores[i] = subnet::adamw_step<subnet::ExactRoot<ScalarMath>>(settings, rates, scores[i], grads[i], m[i], v[i]);
   }
 }
