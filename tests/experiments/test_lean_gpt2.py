@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from subnets.training.gpt2 import GPT2Shape, LeanGPT2, accuracy, lm_loss
+from subnets.training.gpt2 import GPT2Shape, LeanGPT2, _short_attention, accuracy, lm_loss
 
 from benchmarks.discovery import hugging_face_twin
 
@@ -39,6 +39,16 @@ def test_logits_and_gradients_equal_those_of_transformers() -> None:
         gradient = theirs[f"transformer.{name}"].grad
         gradient = gradient.t() if name in masked else gradient
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_over_few_tokens_in_bf16_is_torchs_within_rounding() -> None:
+    q, k, v = torch.randn(3, 20, 4, 3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    ours = _short_attention(q, k, v, 0.0)
+    assert ours.dtype == torch.bfloat16 and (ours.double() - exact).abs().max() <= 8 * 2**-8 * v.abs().max()
+    late = k.clone()
+    late[..., 2, :] += 1.0  # what comes later is not seen
+    assert torch.equal(_short_attention(q, late, v, 0.0)[..., :2, :], ours[..., :2, :])
 
 
 def test_four_layers_have_196608_masked_weights_each() -> None:
