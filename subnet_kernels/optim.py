@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ class MaskAdamW(torch.optim.AdamW):
             if isinstance(lam, Tensor):
                 group["lam"] = lam.copy_(torch.as_tensor(group.get("lam", lam)))
             self._complete(group)
-        self._stepped = {}
+        self._pass = _Pass()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -174,11 +175,11 @@ class MaskAdamW(torch.optim.AdamW):
         _check_capture(self)
         if self.in_backward:
             self._check_after_backward()
-        stepped, self._stepped, self._next_betas = self._stepped, {}, {}
-        current = [finished for finished in stepped.values() if finished.is_current()]
+        stepped, self._pass = self._pass.stepped, _Pass()
+        current = [finished for finished in stepped.values() if finished is not None and finished.is_current()]
         batches: dict[tuple[Any, ...], list[tuple[_Entry, Masked]]] = {}
         made: list[Tensor] = []  # scores whose gradient was made here
-        has_others = any(finished.kept is None for finished in stepped.values())
+        has_others = any(finished is None for finished in stepped.values())
         for number, group in enumerate(self.param_groups):
             _check_group(group)
             lam = _check_lam(group["lam"], group["params"])
@@ -223,8 +224,7 @@ class MaskAdamW(torch.optim.AdamW):
 
     def _begin_in_backward(self) -> None:
         """(Again) say of all masked scores that they are stepped in the backward pass, if they are."""
-        self._stepped: dict[int, _Finished] = {}
-        self._next_betas: dict[tuple[int, int], Tensor] = {}
+        self._pass = _Pass()
         self._spent: dict[int, SpentGradient] = {}  # by id of the scores
         self._group_of: dict[int, int] = {}  # number of the group by id of the scores
         self._register()
@@ -250,7 +250,7 @@ class MaskAdamW(torch.optim.AdamW):
         return not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks
 
     def _check_after_backward(self) -> None:
-        stepped = self._stepped
+        stepped = self._pass.stepped
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 "MaskAdamW: in_backward=True can't work with a GradScaler: scores were already stepped with scaled "
@@ -265,7 +265,7 @@ class MaskAdamW(torch.optim.AdamW):
                         "MaskAdamW: in_backward=True: step() was called again without a backward pass in between"
                     )
                 scores.grad = None  # of an earlier pass: this one did not run its layer
-        for number, numbers in {finished.group: finished.numbers for finished in stepped.values()}.items():
+        for number, numbers in self._pass.numbers.items():
             if _numbers_of(self.param_groups[number]) != numbers:
                 raise RuntimeError(
                     "MaskAdamW: in_backward=True: lr, betas, eps, weight_decay or lam were changed between the "
@@ -321,16 +321,17 @@ class MaskAdamW(torch.optim.AdamW):
         """What beta will be after step(), asked for once per pass and value of beta."""
         if self.upcoming is None:
             return beta
-        key = id(beta), beta._version
-        if key not in self._next_betas:
-            self._next_betas[key] = self.upcoming(beta)
-        return self._next_betas[key]
+        key, known = (id(beta), beta._version), self._pass.next_betas
+        if key not in known:
+            known[key] = self.upcoming(beta)
+        return known[key]
 
     def _finish_use(self, use: Use, finished: _Finished | None) -> None:
         scores = use.scores
-        finished = finished or _Finished(None, scores, scores, 0, scores, None)
+        self._pass.stepped[id(scores)] = finished
         group = self._group_of[id(scores)]
-        self._stepped[id(scores)] = finished._replace(group=group, numbers=_numbers_of(self.param_groups[group]))
+        if group not in self._pass.numbers:
+            self._pass.numbers[group] = _numbers_of(self.param_groups[group])
         spent = self._spent.get(id(scores))
         if spent is None or spent.shape != scores.shape or spent.dtype != scores.dtype or spent.device != scores.device:
             spent = self._spent[id(scores)] = SpentGradient.like(scores)
@@ -339,7 +340,7 @@ class MaskAdamW(torch.optim.AdamW):
     def check_use(self, use: Use) -> None:
         """Refuse, before anything is done, what a step in the backward pass would get wrong."""
         scores = use.scores
-        if id(scores) in self._stepped:
+        if id(scores) in self._pass.stepped:
             raise RuntimeError(
                 "MaskAdamW: in_backward=True steps scores once between two calls of step(), and these got a second "
                 "gradient: no accumulation over backward passes, no layer used twice in one; use in_backward=False"
@@ -522,11 +523,9 @@ class _Finished(NamedTuple):
     beta: Tensor
     beta_version: int
     next_beta: Tensor
-    kind: MaskKind | None
+    kind: MaskKind
     versions: tuple[int, ...] = ()
     stamp: tuple[object, int] | None = None
-    group: int = 0
-    numbers: tuple[Any, ...] = ()  # lr and so on, as they were
 
     def read_versions(self) -> tuple[int, ...]:
         assert self.kept is not None
@@ -541,9 +540,18 @@ class _Finished(NamedTuple):
 
     def mark_fresh(self, is_foretold: bool) -> None:
         """After beta has advanced: to what was foretold, which on a GPU is not looked at."""
-        assert self.kept is not None and self.kind is not None
+        assert self.kept is not None
         if is_foretold if self.beta.is_cuda else torch.equal(self.beta, self.next_beta):
             self.kept.mark_fresh(self.beta, self.kind)
+
+
+@dataclass
+class _Pass:
+    """What backward passes have done since the last step()."""
+
+    stepped: dict[int, _Finished | None] = field(default_factory=dict)  # by id of the scores; None: by torch's AdamW
+    next_betas: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by id and version of the present one
+    numbers: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # by group: lr and so on, as the first step read
 
 
 def _mask_adamw(

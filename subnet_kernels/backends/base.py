@@ -190,13 +190,13 @@ class Backend:
         """Gradients (x, weight, scores, bias); None for what is not needed or has no gradient."""
         grad_x = grad_bias = rows = columns = None
         if grad_out is not None:
-            rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
+            rows = as_matrix(grad_out)
             if needs.x:
                 grad_x = self.linear_grad_x(rows, weight, scores, beta, kind) if w_eff is None else rows.mm(w_eff)
                 if x.dim() != 2:
                     grad_x = grad_x.view(x.shape)
             if needs.weight or (needs.scores and kind.is_trainable):
-                columns = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+                columns = as_matrix(x)
             if needs.bias:
                 grad_bias = rows.sum(0)
         grad_scores, grad_weight = self.linear_grad_scores(
@@ -249,6 +249,11 @@ class Backend:
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
         )
         return grad_x, grad_weight, grad_scores, grad_bias
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[..., N] as [M, N]; a matrix as it is, also an empty one, of which reshape can't tell M."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def linear_grad_w_eff(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -271,7 +271,8 @@ class NativeBackend(ExtensionBackend):
             )  # fmt: skip
             _bump([scores, exp_avg, exp_avg_sq, *(slot or ())])
             return
-        if not (weight.is_contiguous() and scores.is_contiguous() and (slot is None or slot[0].is_contiguous())):
+        is_plain = weight.is_contiguous() and scores.is_contiguous() and (slot is None or slot[0].is_contiguous())
+        if not is_plain or not weight.numel():
             return super().linear_step_(
                 grad_out, x, grad_penalty, scores, exp_avg, exp_avg_sq, step, weight, slot, beta, next_beta, kind,
                 numbers,
@@ -279,11 +280,10 @@ class NativeBackend(ExtensionBackend):
         # The product in blocks of rows, so that no memory of weight's size is asked for; fresh pages cost more than a
         # pass over old ones (4096x4096, 256 rows of x, one thread: 165 ms in one block, 127 in blocks of 12 MB).
         num_rows = weight.shape[0]
-        num_blocks = max(1, -(-weight.numel() * x.element_size() // _STEP_BLOCK))
-        rows = max(1, -(-num_rows // num_blocks))
-        grad_w_eff = x.new_empty(min(rows, num_rows), weight.shape[1])
-        sums = beta.new_zeros(-(-num_rows // rows) if weight.numel() else 0)
-        for block, begin in enumerate(range(0, num_rows if weight.numel() else 0, rows)):
+        rows = -(-num_rows // -(-weight.numel() * x.element_size() // _STEP_BLOCK))
+        grad_w_eff = x.new_empty(rows, weight.shape[1])
+        sums = beta.new_zeros(-(-num_rows // rows))
+        for block, begin in enumerate(range(0, num_rows, rows)):
             part = slice(begin, min(begin + rows, num_rows))
             product = torch.mm(grad_out.t()[part], x, out=grad_w_eff[: part.stop - begin])
             self._mask_adamw(

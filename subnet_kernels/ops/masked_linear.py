@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, Needs, keeps_w_eff
+from ..backends.base import Backend, Needs, as_matrix, keeps_w_eff
 from ..dispatch import choose_for
 from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
@@ -95,14 +95,13 @@ def _step_in_backward(
 ) -> Any:
     """The backward pass of scores whose optimizer steps them in it: other gradients come first, and theirs is None."""
     use, wants = ctx.use, ctx.needs_input_grad
-    tensors = grad_out, grad_penalty, x, weight, scores, beta, w_eff
     needs = Needs(wants[0], wants[1], False, wants[4])
-    grad_x, grad_weight, _, grad_bias = ctx.backend.masked_linear_backward(*tensors, ctx.kind, needs)
-    del tensors, w_eff
+    grad_x, grad_weight, _, grad_bias = ctx.backend.masked_linear_backward(
+        grad_out, grad_penalty, x, weight, scores, beta, w_eff, ctx.kind, needs
+    )
     is_stepped = False
     if grad_out is not None and weight.numel():
-        rows = grad_out if grad_out.dim() == 2 else grad_out.reshape(-1, grad_out.shape[-1])
-        is_stepped = use.step_linear(rows, x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), grad_penalty)
+        is_stepped = use.step_linear(as_matrix(grad_out), as_matrix(x), grad_penalty)
     if not is_stepped:
         needs = Needs(False, False, True, False)
         _, _, made, _ = ctx.backend.masked_linear_backward(
