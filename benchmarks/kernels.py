@@ -166,16 +166,21 @@ def _grad_scores(case: KernelCase, weight: Tensor, scores: Tensor, beta: Tensor,
     )  # fmt: skip
 
 
-def _score_gradient(case: KernelCase, device: str) -> Problem:
-    """grad_out[M, N]^T @ x[M, K], then the pass over W and s: in one kernel, in two, and the product alone."""
+def _product_inputs(case: KernelCase, device: str) -> tuple[Tensor, ...]:
+    """Random grad_out [M, N], x [M, K], weight and scores [N, K]; beta and lam."""
     generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[case.dtype]
     (n, k), m = case.shapes[0], case.num_tokens
-
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    grad_out, x, weight, scores = randn(m, n), randn(m, k), randn(n, k), randn(n, k, dtype=torch.float32)
+    grad_out, x, weight, scores = (
+        torch.randn(shape, generator=generator, device=device) for shape in ((m, n), (m, k), (n, k), (n, k))
+    )
     beta, lam = torch.tensor(BETA, device=device), torch.tensor(LAM, device=device)
+    return grad_out.to(dtype), x.to(dtype), weight.to(dtype), scores, beta, lam
+
+
+def _score_gradient(case: KernelCase, device: str) -> Problem:
+    """grad_out[M, N]^T @ x[M, K], then the pass over W and s: in one kernel, in two, and the product alone."""
+    dtype, (n, k), m = DTYPES[case.dtype], case.shapes[0], case.num_tokens
+    inputs = grad_out, x, weight, scores, beta, lam = _product_inputs(case, device)
     backend = choose_for("masked_linear", weight, scores, KIND.name, dtype)
 
     def expression(g: Tensor, x: Tensor, w: Tensor, s: Tensor, beta: Tensor, lam: Tensor) -> Tensor:
@@ -183,7 +188,6 @@ def _score_gradient(case: KernelCase, device: str) -> Problem:
         return (g.t().mm(x).float() * w + lam) * (beta * m * (1 - m))
 
     fast = compiled(expression)
-    inputs = (grad_out, x, weight, scores, beta, lam)
 
     def ours(function: Callable[..., tuple[Tensor | None, Tensor | None]]) -> Results:
         grad_scores, _ = function(grad_out, x, lam, weight, scores, beta, KIND, True, False)
@@ -219,14 +223,8 @@ def _linear_step(case: KernelCase, device: str) -> Problem:
     """grad_out[M, N]^T @ x[M, K], the score gradient, AdamW, and the next effective weight with the sum of its mask:
     inside the product as far as dispatch takes it there (variant F) or wherever it is built, in two passes (B), and the
     product alone. Each steps scores of its own."""
-    generator, dtype = torch.Generator(device).manual_seed(0), DTYPES[case.dtype]
-    (n, k), m = case.shapes[0], case.num_tokens
-
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    grad_out, x, weight, scores = randn(m, n), randn(m, k), randn(n, k), randn(n, k, dtype=torch.float32)
-    beta, lam = torch.tensor(BETA, device=device), torch.tensor(LAM, device=device)
+    dtype, (n, k), m = DTYPES[case.dtype], case.shapes[0], case.num_tokens
+    grad_out, x, weight, scores, beta, lam = _product_inputs(case, device)
     backend = choose_for("mask_adamw", weight, scores, KIND.name, dtype)
     numbers = AdamW(1e-4, 0.9, 0.999, 1e-8, 0.01, lam)
 
