@@ -57,12 +57,54 @@ double add_up(const double* partials, int64_t count) {
   return sum;
 }
 
+// ---- many tensors at once
+
+// One tensor of a call with many: what it reads beside its own, and its size.
+struct Entry {
+  const void* weight;
+  int64_t num_chunks;
+};
+
+// body(entry, chunk_begin, chunk_end) over all chunks of all entries, shared out together, so that many small tensors
+// keep all threads busy. Neighbours with one weight (many masks over it) are taken chunk by chunk, all of them before the
+// next chunk: the weight comes from memory once.
+template <class Body>
+void split_entries(const std::vector<Entry>& entries, const Body& body) {
+  struct Run {
+    size_t first;
+    int64_t count, begin;
+  };
+  std::vector<Run> runs;
+  int64_t total = 0;
+  for (size_t i = 0; i < entries.size(); total += entries[i].num_chunks, ++i) {
+    const bool is_joined = i > 0 && entries[i].weight != nullptr && entries[i].weight == entries[i - 1].weight &&
+                           entries[i].num_chunks == entries[i - 1].num_chunks;
+    is_joined ? (void)++runs.back().count : runs.push_back({i, 1, total});
+  }
+  split(total, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    auto run = std::upper_bound(runs.begin(), runs.end(), begin,
+                                [](int64_t at, const Run& other) { return at < other.begin; }) - 1;
+    for (; run != runs.end() && run->begin < end; ++run) {
+      const int64_t size = run->count * entries[run->first].num_chunks;
+      const int64_t from = std::max(begin, run->begin) - run->begin, to = std::min(end - run->begin, size);
+      if (run->count == 1) {
+        if (from < to) body(run->first, from, to);
+        continue;
+      }
+      for (int64_t at = from; at < to; ++at) {
+        body(run->first + at % run->count, at / run->count, at / run->count + 1);
+      }
+    }
+  });
+}
+
 // ---- effective_weight
 
 // Runs the kernels and returns the sum of m over weights.
 double run_effective_weight(subnet::EffectiveWeight params) {
   const subnet::CpuKernels& kernels = subnet::cpu_kernels();
   const Layout& layout = *params.layout;
+  if (layout.num_weights == 0) return 0.0;
   const int64_t num_chunks = ceil_div(layout.num_scores, kChunk);
   Partials partials(num_chunks);
   params.partials = partials.data();
@@ -81,8 +123,8 @@ double run_effective_weight(subnet::EffectiveWeight params) {
   return add_up(params.partials, num_chunks) * (double)layout.weights_per_score;
 }
 
-float effective_weight_of(const char* op, const Tensor& weight_, const Tensor& scores_, float beta, Kind kind,
-                          const Tensor& w_eff_) {
+subnet::EffectiveWeight effective_weight_of(const char* op, const Tensor& weight_, const Tensor& scores_, float beta,
+                                            Kind kind, const Tensor& w_eff_, Layout& layout) {
   const View weight = view_of(op, "weight", weight_, cpu());
   const View scores = view_of_float32(op, "scores", scores_, cpu());
   const View w_eff = view_of(op, "w_eff", w_eff_, cpu());
@@ -91,9 +133,10 @@ float effective_weight_of(const char* op, const Tensor& weight_, const Tensor& s
   check_strides(op, w_eff, weight);
   check_disjoint(op, w_eff, weight);
   check_disjoint(op, w_eff, scores);
-  if (numel(weight) == 0) return 0.0f;
-  const Layout layout =
-      subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, scores.stride);
+  layout = Layout{};
+  if (numel(weight) > 0) {
+    layout = subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, scores.stride);
+  }
   subnet::EffectiveWeight params{};
   params.weight = weight.data;
   params.scores = reinterpret_cast<const float*>(scores.data);
@@ -103,14 +146,16 @@ float effective_weight_of(const char* op, const Tensor& weight_, const Tensor& s
   params.weight_dtype = weight.dtype;
   params.w_eff_dtype = w_eff.dtype;
   params.layout = &layout;
-  return (float)run_effective_weight(params);
+  return params;
 }
 
 void effective_weight(const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
                       const Tensor& w_eff, const Tensor& penalty) {
   const char* op = "effective_weight";
   float* to = scalar_of(op, "penalty", penalty, cpu());
-  *to = effective_weight_of(op, weight, scores, *scalar_of(op, "beta", beta, cpu()), kind_of(op, kind), w_eff);
+  Layout layout;
+  *to = (float)run_effective_weight(
+      effective_weight_of(op, weight, scores, *scalar_of(op, "beta", beta, cpu()), kind_of(op, kind), w_eff, layout));
 }
 
 void effective_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
@@ -118,9 +163,33 @@ void effective_weights(const std::vector<Tensor>& weights, const std::vector<Ten
   const char* op = "effective_weights";
   const View penalties = check_lists(op, weights, scores, w_eff, penalties_, cpu());
   const float beta_value = *scalar_of(op, "beta", beta, cpu());
+  const auto penalty = [&](size_t i) -> float& {
+    return reinterpret_cast<float*>(penalties.data)[i * penalties.stride[0]];
+  };
+  std::vector<Layout> layouts(weights.size());
+  std::vector<subnet::EffectiveWeight> tensors(weights.size());
+  std::vector<Entry> flat;
+  std::vector<size_t> flat_at;
+  int64_t num_chunks = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    reinterpret_cast<float*>(penalties.data)[i * penalties.stride[0]] =
-        effective_weight_of(op, weights[i], scores[i], beta_value, kind_of(op, kind), w_eff[i]);
+    tensors[i] = effective_weight_of(op, weights[i], scores[i], beta_value, kind_of(op, kind), w_eff[i], layouts[i]);
+    if (!layouts[i].is_flat || layouts[i].num_weights == 0) {
+      penalty(i) = (float)run_effective_weight(tensors[i]);
+      continue;
+    }
+    flat.push_back({tensors[i].weight, ceil_div(layouts[i].num_scores, kChunk)});
+    flat_at.push_back(i);
+    num_chunks += flat.back().num_chunks;
+  }
+  Partials partials(num_chunks);
+  double* at = partials.data();
+  for (size_t k = 0; k < flat.size(); at += flat[k].num_chunks, ++k) tensors[flat_at[k]].partials = at;
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split_entries(flat, [&](size_t k, int64_t begin, int64_t end) {
+    kernels.effective_weight_flat(tensors[flat_at[k]], begin, end);
+  });
+  for (size_t k = 0; k < flat.size(); ++k) {
+    penalty(flat_at[k]) = (float)add_up(tensors[flat_at[k]].partials, flat[k].num_chunks);
   }
 }
 
@@ -177,10 +246,10 @@ Layout layout_of_scores(const View& scores, const View& grads) {
   return subnet::make_layout(scores.ndim, scores.size, dense, scores.size, scores.stride, grads.stride);
 }
 
-void grad_scores(const std::optional<Tensor>& grad_w_eff_, const std::optional<Tensor>& grad_penalty_,
-                 const Tensor& weight_, const Tensor& scores_, const Tensor& beta, int64_t kind,
-                 const Tensor& grad_scores_, const std::optional<Tensor>& grad_weight_) {
-  const char* op = "grad_scores";
+subnet::GradScores grad_scores_of(const char* op, const std::optional<Tensor>& grad_w_eff_,
+                                  const std::optional<Tensor>& grad_penalty_, const Tensor& weight_,
+                                  const Tensor& scores_, float beta, Kind kind, const Tensor& grad_scores_,
+                                  const std::optional<Tensor>& grad_weight_, Layout& layout) {
   const View weight = view_of(op, "weight", weight_, cpu());
   const View scores = view_of_float32(op, "scores", scores_, cpu());
   const View grads = view_of_float32(op, "grad_scores", grad_scores_, cpu());
@@ -194,9 +263,9 @@ void grad_scores(const std::optional<Tensor>& grad_w_eff_, const std::optional<T
   params.weight = weight.data;
   params.scores = reinterpret_cast<const float*>(scores.data);
   params.grad_scores = reinterpret_cast<float*>(grads.data);
-  params.beta = *scalar_of(op, "beta", beta, cpu());
+  params.beta = beta;
   params.grad_penalty = grad_penalty_ ? *scalar_of(op, "grad_penalty", *grad_penalty_, cpu()) : 0.0f;
-  params.kind = kind_of(op, kind);
+  params.kind = kind;
   params.weight_dtype = weight.dtype;
   std::optional<View> grad_w_eff;
   if (grad_w_eff_) {
@@ -218,22 +287,72 @@ void grad_scores(const std::optional<Tensor>& grad_w_eff_, const std::optional<T
     for (const View& other : {weight, scores, grads, *grad_w_eff}) check_disjoint(op, grad_weight, other);
     params.grad_weight = grad_weight.data;
   }
-  if (numel(grads) == 0) return;
-  if (numel(weight) == 0) {  // scores that govern nothing
-    const Layout layout = layout_of_scores(scores, grads);
-    params.kind = Kind::hard;  // writes 0
+  if (numel(grads) == 0 || numel(weight) == 0) {  // none, or scores that govern nothing: their gradient is 0
+    layout = numel(grads) == 0 ? Layout{} : layout_of_scores(scores, grads);
+    layout.num_weights = 0;
+    params.kind = Kind::hard;
     params.grad_w_eff = nullptr;
-    params.layout = &layout;
-    subnet::cpu_kernels().grad_scores_finish(params, 0, layout.num_scores);
+  } else {
+    layout = subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, grads.stride);
+  }
+  params.layout = &layout;
+  return params;
+}
+
+void run_grad_scores(subnet::GradScores& params) {
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  const Layout& layout = *params.layout;
+  if (layout.num_weights == 0) {
+    if (layout.num_scores > 0) kernels.grad_scores_finish(params, 0, layout.num_scores);
     return;
   }
-  const Layout layout =
-      subnet::make_layout(weight.ndim, weight.size, weight.stride, scores.size, scores.stride, grads.stride);
-  params.layout = &layout;
   if (!layout.is_flat) return run_grad_scores_coarse(params);
-  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
   split(layout.num_weights, kGrain,
         [&](int64_t begin, int64_t end) { kernels.grad_scores_flat(params, begin, end); });
+}
+
+void grad_scores(const std::optional<Tensor>& grad_w_eff, const std::optional<Tensor>& grad_penalty,
+                 const Tensor& weight, const Tensor& scores, const Tensor& beta, int64_t kind,
+                 const Tensor& grad_scores, const std::optional<Tensor>& grad_weight) {
+  const char* op = "grad_scores";
+  Layout layout;
+  subnet::GradScores params =
+      grad_scores_of(op, grad_w_eff, grad_penalty, weight, scores, *scalar_of(op, "beta", beta, cpu()),
+                     kind_of(op, kind), grad_scores, grad_weight, layout);
+  run_grad_scores(params);
+}
+
+// grad_penalties with 0 elements: none.
+void grad_scores_of_many(const std::vector<Tensor>& grad_w_effs, const std::vector<Tensor>& grad_penalties,
+                         const std::vector<Tensor>& weights, const std::vector<Tensor>& scores, const Tensor& beta,
+                         int64_t kind, const std::vector<Tensor>& grad_scores) {
+  const char* op = "grad_scores_of_many";
+  const size_t num = scores.size();
+  for (const size_t size : {grad_w_effs.size(), grad_penalties.size(), weights.size(), grad_scores.size()}) {
+    STD_TORCH_CHECK(size == num, op, ": all lists must be as long as scores (", num, "), got one of ", size);
+  }
+  const float beta_value = *scalar_of(op, "beta", beta, cpu());
+  std::vector<Layout> layouts(num);
+  std::vector<subnet::GradScores> tensors(num);
+  std::vector<Entry> flat;
+  std::vector<size_t> flat_at;
+  for (size_t i = 0; i < num; ++i) {
+    const std::optional<Tensor> penalty =
+        grad_penalties[i].numel() > 0 ? std::optional<Tensor>(grad_penalties[i]) : std::nullopt;
+    tensors[i] = grad_scores_of(op, grad_w_effs[i], penalty, weights[i], scores[i], beta_value, kind_of(op, kind),
+                                grad_scores[i], std::nullopt, layouts[i]);
+    if (!layouts[i].is_flat || layouts[i].num_weights == 0) {
+      run_grad_scores(tensors[i]);
+      continue;
+    }
+    flat.push_back({tensors[i].weight, ceil_div(layouts[i].num_weights, kChunk)});
+    flat_at.push_back(i);
+  }
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split_entries(flat, [&](size_t k, int64_t begin, int64_t end) {
+    const subnet::GradScores& params = tensors[flat_at[k]];
+    kernels.grad_scores_flat(params, begin * kChunk, std::min(end * kChunk, params.layout->num_weights));
+  });
 }
 
 // ---- linear, few rows of x
@@ -409,25 +528,20 @@ subnet::MaskAdamW settings_of(const char* op, const AdamW& adamw, const Tensor& 
   return params;
 }
 
-// The chunks of all tensors are shared out together, so that many small ones keep all threads busy.
 void run_mask_adamw(std::vector<subnet::MaskAdamW>& tensors, const std::vector<float*>& penalties) {
-  std::vector<int64_t> first_chunk{0};
+  std::vector<Entry> entries;
+  int64_t num_chunks = 0;
   for (const subnet::MaskAdamW& params : tensors) {
-    first_chunk.push_back(first_chunk.back() + ceil_div(params.num, kChunk));
+    entries.push_back({params.weight, ceil_div(params.num, kChunk)});
+    num_chunks += entries.back().num_chunks;
   }
-  Partials partials(first_chunk.back());
-  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].partials = partials.data() + first_chunk[i];
+  Partials partials(num_chunks);
+  double* at = partials.data();
+  for (size_t i = 0; i < tensors.size(); at += entries[i].num_chunks, ++i) tensors[i].partials = at;
   const subnet::CpuKernels& kernels = subnet::cpu_kernels();
-  split(first_chunk.back(), kGrain / kChunk, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
-    for (; i < tensors.size() && first_chunk[i] < end; ++i) {
-      kernels.mask_adamw(tensors[i], std::max(begin, first_chunk[i]) - first_chunk[i],
-                         std::min(end, first_chunk[i + 1]) - first_chunk[i]);
-    }
-  });
+  split_entries(entries, [&](size_t i, int64_t begin, int64_t end) { kernels.mask_adamw(tensors[i], begin, end); });
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (penalties[i] == nullptr) continue;
-    *penalties[i] = (float)add_up(tensors[i].partials, first_chunk[i + 1] - first_chunk[i]);
+    if (penalties[i] != nullptr) *penalties[i] = (float)add_up(tensors[i].partials, entries[i].num_chunks);
   }
 }
 
@@ -454,20 +568,22 @@ void mask_adamw(const std::vector<Tensor>& scores, const std::vector<Tensor>& gr
                 const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                 const std::vector<Tensor>& weights, const std::vector<Tensor>& w_effs,
                 const std::vector<Tensor>& penalties, const std::vector<double>& steps, const Tensor& beta,
-                const Tensor& next_beta, int64_t kind, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double lam, bool of_w_eff, const std::vector<Tensor>& grad_penalties,
-                const std::vector<int64_t>& firsts) {
+                const Tensor& next_beta, int64_t kind, const std::vector<double>& lrs, double beta1, double beta2,
+                double eps, double weight_decay, const std::vector<double>& lams, bool of_w_eff,
+                const std::vector<Tensor>& grad_penalties, const std::vector<int64_t>& firsts) {
   const char* op = "mask_adamw";
   const size_t num = scores.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), w_effs.size(),
-                            penalties.size(), steps.size(), grad_penalties.size(), firsts.size()}) {
+                            penalties.size(), steps.size(), grad_penalties.size(), firsts.size(), lrs.size(),
+                            lams.size()}) {
     STD_TORCH_CHECK(size == num, op, ": all lists must be as long as scores (", num, "), got one of ", size);
   }
-  const AdamW adamw{lr, beta1, beta2, eps, weight_decay, lam};
-  std::vector<subnet::MaskAdamW> tensors(num, settings_of(op, adamw, beta, next_beta, kind));
+  std::vector<subnet::MaskAdamW> tensors(num);
   std::vector<float*> penalty_at(num);
   std::vector<View> written, read;
   for (size_t i = 0; i < num; ++i) {
+    const AdamW adamw{lrs[i], beta1, beta2, eps, weight_decay, lams[i]};
+    tensors[i] = settings_of(op, adamw, beta, next_beta, kind);
     const View weight = view_of(op, "weights", weights[i], cpu());
     check_is_dense(op, weight);
     subnet::MaskAdamW& params = tensors[i];
@@ -612,6 +728,8 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " Tensor(b!) penalties) -> ()");
   m.def("grad_scores(Tensor? grad_w_eff, Tensor? grad_penalty, Tensor weight, Tensor scores, Tensor beta, int kind,"
         " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
+  m.def("grad_scores_of_many(Tensor[] grad_w_effs, Tensor[] grad_penalties, Tensor[] weights, Tensor[] scores,"
+        " Tensor beta, int kind, Tensor(a!)[] grad_scores) -> ()");
   m.def("masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias,"
         " Tensor(a!) w_eff, Tensor(b!) penalty, Tensor(c!) out) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
@@ -621,7 +739,7 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " int kind) -> ()");
   m.def("mask_adamw(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, float[] steps, Tensor beta, Tensor next_beta,"
-        " int kind, float lr, float beta1, float beta2, float eps, float weight_decay, float lam, bool of_w_eff,"
+        " int kind, float[] lrs, float beta1, float beta2, float eps, float weight_decay, float[] lams, bool of_w_eff,"
         " Tensor[] grad_penalties, int[] firsts) -> ()");
   m.def("linear_step(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor(a!) scores, Tensor(b!) exp_avg,"
         " Tensor(c!) exp_avg_sq, Tensor weight, Tensor(d!) w_eff, Tensor(e!) penalty, float step, Tensor beta,"
@@ -638,6 +756,7 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("effective_weight", TORCH_BOX(&effective_weight));
   m.impl("effective_weights", TORCH_BOX(&effective_weights));
   m.impl("grad_scores", TORCH_BOX(&grad_scores));
+  m.impl("grad_scores_of_many", TORCH_BOX(&grad_scores_of_many));
   m.impl("masked_linear", TORCH_BOX(&masked_linear));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_grad_scores", TORCH_BOX(&linear_grad_scores));

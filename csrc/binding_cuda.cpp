@@ -343,8 +343,6 @@ void masked_linear_few_rows(const Tensor& x_, const Tensor& weight_, const Tenso
 
 // Ops of the GPU alone: lists in one launch, numbers that are read from its memory.
 STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
-  m.def("grad_scores_of_many(Tensor[] grad_w_effs, Tensor[] grad_penalties, Tensor[] weights, Tensor[] scores,"
-        " Tensor beta, int kind, Tensor(a!)[] grad_scores) -> ()");
   m.def("add_penalty_grad_of_many(Tensor(a!)[] grads, Tensor[] scores, int[] weights_per_score, Tensor beta,"
         " float lam, Tensor? lam_at, int kind) -> ()");
   m.def("mask_adamw_of_many(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"

@@ -7,6 +7,7 @@ fuses the mask into the product overrides them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
+from .layout import empty_of_masks
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
 KIND_CODES = {"sigmoid": 0, "hard": 1}  # how their kernels name the mask kinds that they have
@@ -68,6 +70,11 @@ class AdamW(NamedTuple):
     lam: float | Tensor = 0.0
 
 
+def numbers_of_entries(numbers: AdamW | Sequence[AdamW], num: int) -> list[AdamW]:
+    """The numbers of each of ``num`` entries of a step: one for all, or one per entry, which may differ in lr and lam."""
+    return [numbers] * num if isinstance(numbers, AdamW) else list(numbers)
+
+
 def gradients_wanted(
     kind: MaskKind, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, needs_scores: bool, needs_weight: bool
 ) -> tuple[bool, bool]:
@@ -116,12 +123,60 @@ class Backend:
 
     def grad_scores_of_many(
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
-        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+        scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """The scores' gradients of grad_scores for many trainable tensors; the memory of grad_w_effs may be used."""
+        """The scores' gradients of grad_scores for many trainable tensors: into ``out`` (each dense and of its scores'
+        shape; it may be the fp32 gradient itself), or anywhere: then the memory of grad_w_effs may be used."""
         tensors = zip(grad_w_effs, grad_penalties, weights, scores, strict=True)
-        made = [self.grad_scores(g, p, w, s, beta, kind, True, False, may_overwrite=True)[0] for g, p, w, s in tensors]
-        return [grad_scores for grad_scores in made if grad_scores is not None]
+        made = [
+            self.grad_scores(g, p, w, s, beta, kind, True, False, may_overwrite=out is None)[0]
+            for g, p, w, s in tensors
+        ]
+        kept = [grad_scores for grad_scores in made if grad_scores is not None]
+        return kept if out is None else [o.copy_(m) for o, m in zip(out, kept, strict=True)]
+
+    # --- G masks over one weight: scores [G, *unit shape] ---------------------------------------------------------
+
+    def effective_weight_of_masks(
+        self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """effective_weight for each mask: ([G, *weight.shape] with weight's strides behind the first, penalties [G])."""
+        w_eff, num = empty_of_masks(weight, len(scores), dtype), len(scores)
+        _, penalties = self.effective_weights(
+            [weight] * num, list(scores.unbind()), beta, kind, [dtype] * num, list(w_eff.unbind())
+        )
+        return w_eff, penalties
+
+    def grad_scores_of_masks(
+        self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """grad_scores for each mask, of gradients [G, *weight.shape] and [G]: (ds [G, *unit shape], dW, their sum)."""
+        wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
+        grads = [None] * len(scores) if grad_w_eff is None else list(grad_w_eff.unbind())
+        penalties = [None] * len(scores) if grad_penalty is None else list(grad_penalty.unbind())
+        grad_scores = grad_weight = None
+        if wants_weight:
+            for grad, score in zip(grads, scores.unbind(), strict=True):
+                _, part = self.grad_scores(grad, None, weight, score, beta, kind, False, True)
+                assert part is not None
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+        if wants_scores:
+            grad_scores = torch.empty_like(scores)
+            if grad_w_eff is None:
+                for out, penalty, score in zip(grad_scores, penalties, scores.unbind(), strict=True):
+                    made, _ = self.grad_scores(None, penalty, weight, score, beta, kind, True, False)
+                    assert made is not None
+                    out.copy_(made)
+            else:
+                self.grad_scores_of_many(
+                    grads, penalties, [weight] * len(scores), list(scores.unbind()), beta, kind,  # pyright: ignore
+                    list(grad_scores.unbind()),
+                )
+        return grad_scores, grad_weight
+
+    # --- the step ---------------------------------------------------------------------------------------------------
 
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,
@@ -136,9 +191,10 @@ class Backend:
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
+        grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
-        """One AdamW step (its number in ``steps``, 0-d) on trainable fp32 scores of their weight's shape and strides,
+        """One AdamW step (its number in ``steps``, 0-d; its numbers, see numbers_of_entries) on trainable fp32 scores of their weight's shape and strides,
         all dense, with lam * penalty_slope at ``beta`` added to the gradients in passing; then, where slots has (w_eff,
         penalty), the effective weight and the penalty of the new scores at ``next_beta``. In place, in one pass.
 

@@ -20,3 +20,11 @@ def aligned(weight: Tensor, scores: Tensor) -> Tensor:
 
 def is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(weight)
+
+
+def empty_of_masks(weight: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """[num, *weight.shape], uninitialized; each part in weight's strides where weight is dense, else contiguous."""
+    strides = weight.stride() if is_dense(weight) else weight.contiguous().stride()
+    return torch.empty_strided(
+        (num, *weight.shape), (max(weight.numel(), 1), *strides), dtype=dtype, device=weight.device
+    )

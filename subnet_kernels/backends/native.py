@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
-from .base import KERNEL_DTYPES, KIND_CODES, AdamW, Backend, Call, gradients_wanted, keeps_w_eff
+from .base import (
+    KERNEL_DTYPES,
+    KIND_CODES,
+    AdamW,
+    Backend,
+    Call,
+    gradients_wanted,
+    keeps_w_eff,
+    numbers_of_entries,
+)
 from .layout import aligned, is_dense, with_strides_of
 
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
@@ -174,6 +184,25 @@ class ExtensionBackend(Backend):
 class NativeBackend(ExtensionBackend):
     """Vendor matrix products, and our one-pass kernels for everything elementwise, on a CPU."""
 
+    def grad_scores_of_many(
+        self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
+        scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        dense = [w if is_dense(w) else w.contiguous() for w in weights]
+        grads = [with_strides_of(w, g) for w, g in zip(dense, grad_w_effs, strict=True)]
+        flat = [aligned(w, s) for w, s in zip(dense, scores, strict=True)]
+        made = [torch.empty_like(s) for s in flat] if out is None else [
+            o if o.stride() == s.stride() else torch.empty_like(s) for o, s in zip(out, flat, strict=True)
+        ]
+        none = beta.new_empty(0)
+        penalties = [none if penalty is None else penalty for penalty in grad_penalties]
+        self.ops.grad_scores_of_many.default(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
+        if out is None:
+            out = [m if m.stride() == s.stride() else torch.empty_like(s) for m, s in zip(made, scores, strict=True)]
+        for given, m in zip(out, made, strict=True):
+            given.copy_(m) if given is not m else _bump(given)
+        return out
+
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
         plan: str | None, buffers: tuple[Tensor, Tensor] | None = None,
@@ -230,7 +259,8 @@ class NativeBackend(ExtensionBackend):
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
+        grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
         self._mask_adamw(
             scores, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers, grad_penalties,
@@ -241,17 +271,20 @@ class NativeBackend(ExtensionBackend):
     def _mask_adamw(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None,
-        firsts: list[int],
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
+        grad_penalties: list[Tensor | None] | None, firsts: list[int],
     ) -> None:
         """mask_adamw_ of parts of tensors, which begin at these places in storage order."""
         nothing = beta.new_empty(0)  # how the op is told that an entry has no effective weight, or no penalty
         w_effs, penalties = zip(*(slot or (nothing, nothing) for slot in slots)) if slots else ((), ())
         given = [nothing if grad is None else grad for grad in grad_penalties or [None] * len(scores)]
+        each = numbers_of_entries(numbers, len(scores))
+        if not each:
+            return
         torch.ops.subnet_native.mask_adamw.default(
             scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, [float(step) for step in steps], beta,
-            next_beta, KIND_CODES[kind.name], *(float(number) for number in numbers), grad_penalties is not None, given,
-            firsts,
+            next_beta, KIND_CODES[kind.name], [float(n.lr) for n in each], each[0].beta1, each[0].beta2, each[0].eps,
+            each[0].weight_decay, [float(n.lam) for n in each], grad_penalties is not None, given, firsts,
         )  # fmt: skip
 
     def linear_step_(

@@ -58,7 +58,8 @@ def check_beta_value(op: str, beta: float) -> float:
 
 
 def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
-    """The scores' contract: weight's number of dimensions, each size divides weight's, fp32 (fp64 beside fp64)."""
+    """The scores' contract: weight's number of dimensions, each size divides weight's, fp32 (fp64 beside fp64); or all
+    that behind a leading dimension of masks."""
     check_tensor(op, "weight", weight)
     check_tensor(op, "scores", scores)
     check_float_dtype(op, "weight", weight)
@@ -71,17 +72,17 @@ def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
         raise ValueError(f"{op}: scores must be on weight's device {weight.device}, got {scores.device}")
     if scores.shape == weight.shape:
         return
-    if scores.dim() == weight.dim() + 1:
-        raise NotImplementedError(
-            f"{op}: scores with a leading mask dimension, here {shape_of(scores)} over weight {shape_of(weight)}, "
-            "are not built yet; call once per mask"
-        )
-    fits = scores.dim() == weight.dim() and all(
-        (s == w) if 0 in (s, w) else w % s == 0 for s, w in zip(scores.shape, weight.shape, strict=True)
+    is_of_masks = scores.dim() == weight.dim() + 1
+    if is_of_masks and scores.shape[0] == 0:
+        raise ValueError(f"{op}: scores must hold at least one mask, got shape {shape_of(scores)}")
+    unit_shape = scores.shape[1:] if is_of_masks else scores.shape
+    fits = len(unit_shape) == weight.dim() and all(
+        (s == w) if 0 in (s, w) else w % s == 0 for s, w in zip(unit_shape, weight.shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            f"{op}: scores must have weight's shape {shape_of(weight)} or sizes that divide it, got {shape_of(scores)}"
+            f"{op}: scores must have weight's shape {shape_of(weight)} or sizes that divide it, got "
+            f"{shape_of(scores)}; several masks go into a dimension in front"
         )
 
 

@@ -8,22 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
 from ..backends.base import Backend
+from ..backends.layout import empty_of_masks
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
 from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
 from . import checks
+from .many_masks import is_of_masks
 from .once import differentiable_once
-from .registry import register_op
+from .registry import register_op, register_vmap
+
+
+def is_vmapped() -> bool:
+    """Whether torch.func.vmap, and no other transform, is at work: then the registered op runs, which has a rule for it
+    (see _vmap)."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    interpreters = retrieve_all_functorch_interpreters()
+    return all(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in interpreters)
 
 
 def is_transformed(op: str, backend: str | None = None) -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is at work: then the plain expression runs, which every
-    transform can take apart, and only the reference backend can serve it.
+    """Whether a torch.func transform (grad, jvp, ...) is at work: then the plain expression runs, which every transform
+    can take apart, and only the reference backend can serve it. vmap alone is none of them.
 
     Raises:
         BackendRefused: another backend was asked for by name.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active() or is_vmapped():
         return False
     name = backend or forced_backend()
     if name not in (None, "reference"):
@@ -35,9 +48,36 @@ def plain_effective_weight(
     weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same in plain differentiable PyTorch."""
+    if is_of_masks(weight, scores):
+        made = [plain_effective_weight(weight, part, beta, kind, dtype) for part in scores.unbind()]
+        return torch.stack([w_eff for w_eff, _ in made]), torch.stack([penalty for _, penalty in made])
     m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
     penalty = kind.penalty(scores, beta).sum() * weights_per_score(tuple(weight.shape), tuple(scores.shape))
     return (weight.to(scores.dtype) * m).to(dtype), penalty
+
+
+def _choose(
+    weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, backend: str | None = None
+) -> Backend:
+    """The backend of one call; for several masks that of each."""
+    one = scores[0] if is_of_masks(weight, scores) else scores
+    return choose_for("effective_weight", weight, one, kind, dtype, None, backend)
+
+
+def _run(
+    backend: Backend, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if is_of_masks(weight, scores):
+        return backend.effective_weight_of_masks(weight, scores, beta, kind, dtype)
+    return backend.effective_weight(weight, scores, beta, kind, dtype)
+
+
+def _run_backward(
+    backend: Backend, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
+    beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    run = backend.grad_scores_of_masks if is_of_masks(weight, scores) else backend.grad_scores
+    return run(grad_w_eff, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight)
 
 
 def no_gradient(like: Tensor) -> Tensor:
@@ -54,22 +94,24 @@ def some(tensor: Tensor, wanted: bool) -> Tensor | None:
 
 class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> Any:
-        backend = choose_for("effective_weight", weight, scores, kind.name, dtype)
+    def forward(
+        ctx: Any, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, name: str | None
+    ) -> Any:
+        backend = _choose(weight, scores, kind.name, dtype, name)
         ctx.backend, ctx.kind = backend, kind
         ctx.save_for_backward(weight, scores, beta)
         ctx.set_materialize_grads(False)
-        return backend.effective_weight(weight, scores, beta, kind, dtype)
+        return _run(backend, weight, scores, beta, kind, dtype)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_w_eff: Tensor | None, grad_penalty: Tensor | None) -> Any:
         weight, scores, beta = ctx.saved_tensors
-        grad_scores, grad_weight = ctx.backend.grad_scores(
-            grad_w_eff, grad_penalty, weight, scores, beta, ctx.kind,
+        grad_scores, grad_weight = _run_backward(
+            ctx.backend, grad_w_eff, grad_penalty, weight, scores, beta, ctx.kind,
             needs_scores=ctx.needs_input_grad[1], needs_weight=ctx.needs_input_grad[0],
         )
-        return grad_weight, grad_scores, None, None, None
+        return grad_weight, grad_scores, None, None, None, None
 
 
 # --- registered: torch.compile ---------------------------------------------------------------------------------------
@@ -79,11 +121,12 @@ def _implementation(
     weight: Tensor, scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None,
     dtype: torch.dtype, backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    chosen = choose_for("effective_weight", weight, scores, kind, dtype, None, backend)
-    return chosen.effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
+    return _run(_choose(weight, scores, kind, dtype, backend), weight, scores, beta, as_kind(kind, params), dtype)
 
 
 def _fake(weight, scores, beta, kind, params, key, dtype, backend):
+    if is_of_masks(weight, scores):
+        return empty_of_masks(weight, scores.shape[0], dtype), scores.new_empty(scores.shape[0])
     return torch.empty_like(weight, dtype=dtype), scores.new_empty(())
 
 
@@ -92,9 +135,9 @@ def _backward_implementation(
     params: list[float], key: Tensor | None, backend: str | None, needs_scores: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = weight.dtype if grad_w_eff is None else grad_w_eff.dtype
-    chosen = choose_for("effective_weight", weight, scores, kind, dtype, None, backend)
-    grad_scores, grad_weight = chosen.grad_scores(
-        grad_w_eff, grad_penalty, weight, scores, beta, as_kind(kind, params), needs_scores, needs_weight
+    grad_scores, grad_weight = _run_backward(
+        _choose(weight, scores, kind, dtype, backend), grad_w_eff, grad_penalty, weight, scores, beta,
+        as_kind(kind, params), needs_scores, needs_weight,
     )
     return (
         no_gradient(scores) if not needs_scores else torch.zeros_like(scores) if grad_scores is None else grad_scores,
@@ -148,6 +191,37 @@ _op = register_op(
 )
 
 
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """torch.func.vmap over scores (and beta's float, the weight, as they are) is one call for G masks."""
+    (weight, scores, beta, kind, params, _, dtype, _), (of_weight, of_scores, of_beta, *_) = args, in_dims
+    if of_weight is None and of_beta is None and of_scores is not None:
+        scores = scores.movedim(of_scores, 0)
+        if scores.dim() <= weight.dim() + 1:
+            return _op(weight, scores, *args[2:]), (0, 0)
+        inner = scores.shape[1]  # vmap of vmap, or of several masks
+        w_eff, penalty = _op(weight, scores.flatten(0, 1), *args[2:])
+        return (w_eff.unflatten(0, (-1, inner)), penalty.unflatten(0, (-1, inner))), (0, 0)
+
+    def plain(weight: Tensor, scores: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
+
+    return torch.func.vmap(plain, in_dims=tuple(in_dims[:3]))(weight, scores, beta), (0, 0)
+
+
+register_vmap("effective_weight", _vmap)
+
+
+def effective_weight_unchecked(
+    weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`effective_weight` of checked arguments, on the backend of that name if given."""
+    if is_transformed("effective_weight", backend):
+        return plain_effective_weight(weight, scores, beta, kind, dtype)
+    if torch.compiler.is_compiling() or is_vmapped():
+        return _op(weight, scores, beta, kind.name, kind.params(), None, dtype, backend)
+    return _EffectiveWeight.apply(weight, scores, beta, kind, dtype, backend)
+
+
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
@@ -164,14 +238,16 @@ def effective_weight(
         weight: fp32, bf16, fp16 or fp64, of any shape with 1 to 4 dimensions (more on the reference backend). A dense
             tensor in any memory order (transposed, channels_last) is read as it lies.
         scores: fp32 (fp64 beside an fp64 weight), weight's number of dimensions; each size divides weight's: one score
-            governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d.
+            governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d. Or several masks over the
+            one weight, ``[G, ...]``: the weight is then read once for all (torch.func.vmap over scores gives the same).
         beta: inverse temperature; a float (checked: finite and >= 0) or a 0-d tensor on the scores' device (not read).
         kind: "sigmoid", "hard" (m = 1[s > 0]) or a MaskKind.
         dtype: of w_eff; weight's if None.
 
     Returns:
-        w_eff with weight's shape and strides, and penalty, 0-d in scores' dtype: the sum of m over *weights*. Both are
-        ordinary autograd outputs; gradients reach scores and, where it requires grad, weight.
+        w_eff with weight's shape and strides, and penalty, 0-d in scores' dtype: the sum of m over *weights*; with
+        several masks ``[G, *weight.shape]`` and ``[G]``. Both are ordinary autograd outputs; gradients reach scores
+        and, where it requires grad, weight.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what fits.
@@ -190,12 +266,7 @@ def effective_weight(
     mask_kind = checks.check_kind(op, kind)
     beta = checks.beta_tensor(op, beta, scores)
     _check_dtype(op, dtype)
-    dtype = weight.dtype if dtype is None else dtype
-    if is_transformed(op):
-        return plain_effective_weight(weight, scores, beta, mask_kind, dtype)
-    if torch.compiler.is_compiling():
-        return _op(weight, scores, beta, mask_kind.name, mask_kind.params(), None, dtype, None)
-    return _EffectiveWeight.apply(weight, scores, beta, mask_kind, dtype)
+    return effective_weight_unchecked(weight, scores, beta, mask_kind, weight.dtype if dtype is None else dtype)
 
 
 def effective_weights(
@@ -209,7 +280,7 @@ def effective_weights(
         beta, kind, dtype: as in effective_weight, shared by all.
 
     Returns:
-        The list of effective weights and the sum of all penalties (0-d; 0 for empty lists).
+        The list of effective weights and the sum of all penalties (0-d; 0 for empty lists; [G] for G masks each).
 
     Where a gradient is wanted this is :func:`effective_weight` per tensor, so that each keeps only what it needs.
 
@@ -227,15 +298,21 @@ def effective_weights(
         checks.check_weight_and_scores(op, weight, score)
     if not weights:
         return [], torch.zeros(())
+    nums = {s.shape[0] if is_of_masks(w, s) else None for w, s in zip(weights, scores, strict=True)}
+    if len(nums) > 1:
+        raise ValueError(f"{op}: all scores must have the same number of masks, or none a dimension of masks")
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, *scores))
     devices = {w.device for w in weights}
     if len(devices) > 1:
         raise ValueError(f"{op}: all weights must be on one device, got {sorted(map(str, devices))}")
-    if needs_grad or torch.compiler.is_compiling() or is_transformed(op) or len({w.dtype for w in weights}) > 1:
+    if (
+        needs_grad or torch.compiler.is_compiling() or is_transformed(op) or is_vmapped()
+        or len({w.dtype for w in weights}) > 1 or nums != {None}
+    ):  # fmt: skip
         pairs = [
             effective_weight(w, s, beta, kind=mask_kind, dtype=dtype) for w, s in zip(weights, scores, strict=True)
         ]
-        return [w_eff for w_eff, _ in pairs], torch.stack([penalty for _, penalty in pairs]).sum()
+        return [w_eff for w_eff, _ in pairs], torch.stack([penalty for _, penalty in pairs]).sum(0)
     beta = checks.beta_tensor(op, beta, scores[0])
     w_effs, penalties = effective_weights_raw(weights, scores, beta, mask_kind, dtype or weights[0].dtype)
     return w_effs, penalties.sum()

@@ -15,11 +15,13 @@ from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
 from . import checks
 from .effective_weight import (
+    effective_weight_unchecked,
     is_transformed,
+    is_vmapped,
     no_gradient,
-    plain_effective_weight,
     some,
 )
+from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, conv2d_of_masks, is_of_masks
 from .masked_linear import Settings, kept_effective_weight
 from .once import differentiable_once, plain_apply
 from .pending import Entry
@@ -141,8 +143,8 @@ def run_masked_conv2d(
             kind.params(), None, plan, backend, *kept,
         )
         return (out, penalty) if settings.wants_penalty else out
-    if is_transformed("masked_conv2d", settings.backend):
-        w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
+    if is_transformed("masked_conv2d", settings.backend) or is_vmapped():
+        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, settings.kind, x.dtype, settings.backend)
         out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
         return (out, penalty) if settings.wants_penalty else out
     return _apply(x, weight, scores, beta, bias, args, settings)
@@ -320,7 +322,7 @@ def check_fits(x: Tensor, weight: Tensor, args: ConvArgs) -> None:
 def masked_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None,
     stride: IntOrPair = 1, padding: IntOrPair | str = 0, dilation: IntOrPair = 1, groups: int = 1, *,
-    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None,
+    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None, shared_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``(F.conv2d(x, weight * sigmoid(beta*scores), bias, stride, padding, dilation, groups), mask.sum())``.
 
@@ -328,7 +330,8 @@ def masked_conv2d(
         x: [B, C, H, W] or [C, H, W], contiguous or channels_last; weight's dtype, unless autocast casts it.
         weight: [O, C/groups, KH, KW], contiguous or channels_last (read as it lies).
         scores: weight's shape or sizes that divide it ([O, 1, 1, 1]: one score per filter); fp32 (fp64 beside fp64).
-        beta, bias, kind, plan, backend: as in masked_linear; bias is [O].
+            Or G masks, ``[G, ...]``, and x [G*B, C, H, W], as in masked_linear.
+        beta, bias, kind, plan, backend, shared_input: as in masked_linear; bias is [O].
         stride, padding, dilation, groups: as in F.conv2d, padding "same" and "valid" included.
 
     Returns:
@@ -353,8 +356,17 @@ def masked_conv2d(
     mask_kind = checks.check_kind(op, kind)
     checks.check_plan(op, plan)
     beta = checks.beta_tensor(op, beta, scores)
+    is_many = is_of_masks(weight, scores)
+    if is_many:
+        check_plan_of_masks(op, plan)
+        check_batch_of_masks(op, x, scores.shape[0], shared_input, 4)
+    else:
+        check_shared_input(op, shared_input)
     is_single = x.dim() == 3
     x, args = resolve_conv_args(x.unsqueeze(0) if is_single else x, weight, stride, padding, dilation, groups)
     check_fits(x, weight, args)
+    if is_many:
+        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, mask_kind, x.dtype, backend)
+        return conv2d_of_masks(x, w_eff, bias, args, shared_input), penalty
     out, penalty = run_masked_conv2d(x, weight, scores, beta, bias, args, Settings(mask_kind, plan, backend))
     return (out.squeeze(0) if is_single else out), penalty

@@ -15,11 +15,13 @@ from ..masks import MaskKind, as_kind
 from ..slots import Slot
 from . import checks
 from .effective_weight import (
+    effective_weight_unchecked,
     is_transformed,
+    is_vmapped,
     no_gradient,
-    plain_effective_weight,
     some,
 )
+from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, is_of_masks, linear_of_masks
 from .once import differentiable_once, plain_apply
 from .pending import PendingScoreGradients
 from .refresh import refresh_in_graph
@@ -127,8 +129,8 @@ def run_masked_linear(
             x, weight, scores, beta, bias, kind.name, kind.params(), None, plan, backend, *kept
         )
         return (out, penalty) if settings.wants_penalty else out
-    if is_transformed("masked_linear", settings.backend):
-        w_eff, penalty = plain_effective_weight(weight, scores, beta, settings.kind, x.dtype)
+    if is_transformed("masked_linear", settings.backend) or is_vmapped():
+        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, settings.kind, x.dtype, settings.backend)
         out = F.linear(x, w_eff, bias)
         return (out, penalty) if settings.wants_penalty else out
     return _apply(x, weight, scores, beta, bias, settings)
@@ -249,7 +251,7 @@ def check_masked_linear(x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor 
 
 def masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None, *,
-    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None,
+    kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None, shared_input: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``(x @ (weight * sigmoid(beta*scores)).T + bias, mask.sum())``.
 
@@ -260,7 +262,8 @@ def masked_linear(
         x: [..., K], fp32, bf16, fp16 or fp64; weight's dtype, unless autocast casts it.
         weight: [N, K], contiguous or transposed (both are read as they lie).
         scores: [N, K] or sizes that divide them ([N, 1]: one score per row, [1, K]: per column, [N/h, 1]: per head);
-            fp32 (fp64 beside an fp64 weight).
+            fp32 (fp64 beside an fp64 weight). Or G masks over the one weight, ``[G, ...]``: x is then [G*B, ..., K], and
+            mask g serves the g-th B of its first dimension.
         beta: inverse temperature; a float (finite, >= 0) or a 0-d tensor on the same device (its value is not read).
         bias: [N] or None.
         kind: "sigmoid", "hard" or a MaskKind.
@@ -269,15 +272,17 @@ def masked_linear(
             either, but a backend without such products makes an effective weight for each of them; None lets dispatch
             choose.
         backend: the name of one, or None: use_backend's, else the best that does not refuse.
+        shared_input: with G masks: x is [B, ..., K], and all masks serve all of it.
 
     Returns:
         out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask
-        over weights. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
+        over weights. With G masks: out [G*B, ..., N], the masks' parts one after the other, and penalty [G]. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
         Gradients reach x, scores, bias and weight where they require grad; not beta. Double backward raises.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which, what fits and what came.
         BackendRefused: the backend that was asked for by name can't run the call.
+        NotImplementedError: several masks under plan "fused" or "recompute".
 
     Accuracy: the effective weight is rounded once, to the compute dtype; products accumulate in fp32.
     Kept for backward: x, weight, scores and, with plan "cached", one effective weight.
@@ -297,4 +302,10 @@ def masked_linear(
     mask_kind = checks.check_kind(op, kind)
     checks.check_plan(op, plan)
     beta = checks.beta_tensor(op, beta, scores)
+    if is_of_masks(weight, scores):
+        check_plan_of_masks(op, plan)
+        check_batch_of_masks(op, x, scores.shape[0], shared_input, 2)
+        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, mask_kind, x.dtype, backend)
+        return linear_of_masks(x, w_eff, bias, shared_input), penalty
+    check_shared_input(op, shared_input)
     return run_masked_linear(x, weight, scores, beta, bias, Settings(mask_kind, plan, backend))

@@ -37,6 +37,11 @@ def register_op(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def register_vmap(name: str, rule: Callable[..., Any]) -> None:
+    """How torch.func.vmap takes an op that was defined here: ``rule(info, in_dims, *args) -> (outputs, out_dims)``."""
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
+
+
 def _refuse_backward(name: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(

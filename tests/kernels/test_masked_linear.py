@@ -265,7 +265,11 @@ X, W, S, B = torch.randn(3, 6), torch.randn(4, 6), torch.randn(4, 6), torch.rand
     [
         ((X, W, S.t(), 1.0), {}, ValueError, r"weight's shape \[4, 6\] or sizes that divide it, got \[6, 4\]"),
         ((X, W, torch.randn(4, 4), 1.0), {}, ValueError, "sizes that divide it"),
-        ((X, W, torch.randn(3, 4, 6), 1.0), {}, NotImplementedError, "leading mask dimension"),
+        ((X, W, torch.randn(2, 4, 6), 1.0), {}, ValueError, "first dimension must be a multiple of the 2 masks"),
+        ((X[0], W, torch.randn(2, 4, 6), 1.0), {}, ValueError, "x needs a batch dimension in front"),
+        ((X, W, torch.randn(0, 4, 6), 1.0), {}, ValueError, "at least one mask"),
+        ((X, W, torch.randn(3, 4, 6), 1.0), {"plan": "fused"}, NotImplementedError, "plan 'fused' is not built"),
+        ((X, W, S, 1.0), {"shared_input": True}, ValueError, "shared_input=True needs scores with a leading dim"),
         ((X, W, S.half(), 1.0), {}, TypeError, "scores must be torch.float32"),
         ((X, W, S.double(), 1.0), {}, TypeError, "scores must be torch.float32"),
         ((X.double(), W, S, 1.0), {}, TypeError, "x must have weight's dtype torch.float32, got torch.float64"),
