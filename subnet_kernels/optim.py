@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from .backends.layout import is_dense
 from .dispatch import choose_for, forced_backend
 from .in_backward import SpentGradient, Use, check_processes, step_in_backward
 from .masks import MaskKind, weights_per_score
+from .ops import checks
+from .ops.many_masks import is_of_masks
 from .rounding import round_to_bf16, rounding_bits
 from .slots import Slot, clear_all_slots
 
@@ -28,12 +30,18 @@ class Masked(NamedTuple):
     weight: Tensor
     beta: Tensor
     kind: MaskKind
-    slot: weakref.ref[Slot]  # weak: a slot keeps its scores alive, which are the key under which this is found
+    slot: Callable[[], Slot | None]  # a weak reference: a slot keeps its scores alive, the key under which this is found
     is_transposed: bool = False  # the op gets weight.t() and scores.t()
+
+    def num_masks(self, scores: Tensor) -> int | None:
+        """How many masks over the one weight these scores are; None where they have no dimension for it."""
+        return scores.shape[0] if is_of_masks(self.weight, scores) else None
 
 
 _masked = WeakTensorKeyDictionary()  # not attributes of the parameters: those would follow them into saved files
 
+
+PerMask = float | Tensor | Sequence[float]  # a number, or one per mask
 
 _num_bindings = 0  # how often anything was bound: what was looked up before the last time is looked up anew
 
@@ -43,6 +51,26 @@ def bind_scores(scores: Tensor, masked: Masked) -> None:
     global _num_bindings
     _num_bindings += 1
     _masked[scores] = masked
+
+
+def bind_masks(scores: Tensor, weight: Tensor, beta: Tensor, kind: str | MaskKind = "sigmoid") -> None:
+    """Say that ``scores``, of no layer, are masks over ``weight``: a MaskAdamW then steps them with the penalty.
+
+    Args:
+        scores: a parameter [G, *unit shape] (G masks over the one weight) or [*unit shape].
+        weight: the frozen weight; beta: the 0-d tensor that its effective weights are made with, which may change in
+            place; kind: of the masks.
+
+    Raises:
+        ValueError, TypeError: the shapes or dtypes do not fit.
+    """
+    checks.check_weight_and_scores("bind_masks", weight, scores)
+    beta = checks.beta_tensor("bind_masks", beta, scores)
+    bind_scores(scores, Masked(weight, beta, checks.check_kind("bind_masks", kind), _no_slot))
+
+
+def _no_slot() -> None:
+    return None
 
 
 def masked_of(scores: Tensor) -> Masked | None:
@@ -57,6 +85,9 @@ class MaskAdamW(torch.optim.AdamW):
     weights``, whatever the number of micro-batches, clipping or checkpointing. The penalty's gradient is taken at the
     scores and beta that the step finds, those of the forward passes that made the gradient. A score that got no
     gradient is still pushed by the penalty. Parameters that are no layer's scores are treated as AdamW does.
+
+    Scores of G masks over one weight, ``[G, ...]`` (see bind_masks), are stepped at once, and lr and lam may be given
+    per mask. Each mask takes the steps that it would take alone, to the bit where a backend has the kernel.
 
     Where a backend has the kernel, a step is one pass over scores, gradient, moments and weight, which also writes the
     effective weight of the next forward pass into the layer's slot; gradients are left as they are. Elsewhere (coarse
@@ -86,7 +117,8 @@ class MaskAdamW(torch.optim.AdamW):
         lr, betas, eps, weight_decay: as AdamW (decoupled decay, which also decays scores).
         lam: weight of the penalty per masked weight, finite and >= 0. Or a 0-d floating-point tensor on the scores'
             device, which may be changed in place between steps; its value is read on the device only, so that it is
-            not checked.
+            not checked. Or one per mask, for scores of G masks: a sequence of G floats, or a tensor [G].
+        lr may be one per mask too, likewise (torch's schedulers know no such rate).
         capturable: as AdamW's: a step may be captured in a CUDA graph. Numbers that are no tensors are then part of
             the graph; give a lam or lr that is to change as a tensor.
         in_backward: step scores in the backward pass, see above.
@@ -95,8 +127,9 @@ class MaskAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: a float lam is negative or not finite; lam is positive or a tensor for a group without any masked
-            layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device; amsgrad or maximize is
-            set in a group (at the step); moment_dtype is another dtype.
+            layer's scores; a tensor is not 0-d, not of a floating dtype, or on another device; lr or lam per mask for
+            scores with another number of masks; amsgrad or maximize is set in a group (at the step); moment_dtype is
+            another dtype.
         RuntimeError: with in_backward, by the backward pass or the step, where it would be wrong.
 
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
@@ -108,15 +141,24 @@ class MaskAdamW(torch.optim.AdamW):
     _step_supports_amp_scaling = False
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False,
+        self, params: Any, lr: PerMask = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, lam: PerMask = 0.0, in_backward: bool = False,
         moment_dtype: torch.dtype | None = None, capturable: bool = False,
     ) -> None:
         if moment_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 f"MaskAdamW: moment_dtype must be None, torch.float32 or torch.bfloat16, got {moment_dtype}"
             )
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable)
+        params = list(params)
+        has_own_lr = [isinstance(group, dict) and "lr" in group for group in params]
+        one_lr = 1e-3 if _is_per_mask(lr) else lr  # torch refuses others; those of groups it does not look at
+        super().__init__(
+            params, lr=one_lr, betas=betas, eps=eps, weight_decay=weight_decay,  # pyright: ignore
+            capturable=capturable,
+        )
+        self.defaults["lr"] = lr
+        for group, has_own in zip(self.param_groups, has_own_lr, strict=False):
+            group["lr"] = group["lr"] if has_own else lr
         self._known: dict[int, _Known] = {}
         self.defaults.update(in_backward=in_backward, moment_dtype=moment_dtype or torch.float32)
         self._begin_in_backward()
@@ -143,6 +185,7 @@ class MaskAdamW(torch.optim.AdamW):
 
     def _complete(self, group: dict[str, Any]) -> None:
         group["lam"] = _check_lam(group.get("lam", self.defaults["lam"]), group["params"])
+        group["lr"] = _check_lr(group["lr"], group["params"])
         group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
 
     @torch.no_grad()
@@ -184,7 +227,7 @@ class MaskAdamW(torch.optim.AdamW):
             _check_group(group)
             lam = _check_lam(group["lam"], group["params"])
             params = [p for p in group["params"] if id(p) not in stepped]
-            if has_penalty := isinstance(lam, Tensor) or lam > 0:
+            if _is_positive(lam):
                 made += _make_missing_gradients(params)
             others = []
             for entry in self._entries({**group, "params": params}):
@@ -196,7 +239,7 @@ class MaskAdamW(torch.optim.AdamW):
                     batches.setdefault(key, []).append((entry, masked))
             if others:
                 has_others = True
-                _torch_adamw(others, group, lam if has_penalty else 0.0)
+                _torch_adamw(others, group, lam)
         if has_others:
             clear_all_slots()  # now, not after the step: what the kernels write stays
         # a hook after the step may edit scores through .data, which nothing would notice
@@ -392,7 +435,8 @@ class MaskAdamW(torch.optim.AdamW):
             or known.exp_avg is not entry.exp_avg or known.exp_avg_sq is not entry.exp_avg_sq
         ):  # fmt: skip
             masked = masked_of(param)
-            op = "linear_step" if self.in_backward and param.dim() == 2 else "mask_adamw"
+            has_linear_step = self.in_backward and masked is not None and masked.num_masks(param) is None
+            op = "linear_step" if has_linear_step and param.dim() == 2 else "mask_adamw"
             backend = None if masked is None else _backend_of(entry, masked, op)
             state = entry.exp_avg, entry.exp_avg_sq, entry.step
             known = _Known(param, *state, _num_bindings, forced, masked, backend, param.stride())
@@ -400,7 +444,8 @@ class MaskAdamW(torch.optim.AdamW):
         if known.masked is None or known.backend is None or not group["fused"] or not param.requires_grad:
             return known.masked, None
         strides, grad = known.strides, entry.grad  # a write through .data can change how param and weight lie
-        is_alike = param.stride() == strides and known.masked.weight.stride() == strides and grad.stride() == strides
+        own = strides if known.masked.num_masks(param) is None else strides[1:]  # of one mask
+        is_alike = param.stride() == strides and known.masked.weight.stride() == own and grad.stride() == strides
         is_fp32 = param.dtype == torch.float32 and grad.dtype == torch.float32
         return known.masked, known.backend if is_alike and is_fp32 and grad.device == param.device else None
 
@@ -452,25 +497,50 @@ def _backend_of(entry: _Entry, masked: Masked, op: str) -> Backend | None:
     param = entry.param
     if not masked.kind.is_trainable:
         return None
-    weight = masked.weight
+    weight, one = masked.weight, param
+    if masked.num_masks(param) is not None:
+        if not all(t.stride() == param.stride() for t in entry[2:4]):
+            return None
+        entry = next(iter(_masks_of(entry)))
+        one = entry.param
     if (
-        param.dtype != torch.float32 or weight.shape != param.shape or weight.device != param.device
+        param.dtype != torch.float32 or weight.shape != one.shape or weight.device != param.device
         or masked.beta.device != param.device or entry.step.dtype != torch.float32
         or any(t.device != param.device for t in entry[2:])
-        or any(t.stride() != weight.stride() for t in (param, *entry[2:4]))
+        or any(t.stride() != weight.stride() for t in (one, *entry[2:4]))
         or entry.exp_avg.dtype != entry.exp_avg_sq.dtype or entry.exp_avg.dtype not in (torch.float32, torch.bfloat16)
         or not is_dense(weight)
     ):  # fmt: skip
         return None
-    backend = choose_for(op, weight, param, masked.kind.name, weight.dtype)
+    backend = choose_for(op, weight, one, masked.kind.name, weight.dtype)
     return backend if backend.has_mask_adamw else None
 
 
-def _torch_adamw(
-    entries: list[tuple[_Entry, Masked | None]], group: dict[str, Any], lam: float | Tensor = 0.0
-) -> None:
+def _masks_of(entry: _Entry) -> Iterator[_Entry]:
+    """The parts of an entry of several masks, each as an entry of its own; they share its memory and its step."""
+    tensors = [t.detach().unbind() for t in (entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq)]
+    for param, *others in zip(*tensors, strict=True):
+        yield _Entry(param.requires_grad_(entry.param.requires_grad), *others, entry.step)
+
+
+def _torch_adamw(entries: list[tuple[_Entry, Masked | None]], group: dict[str, Any], lam: PerMask) -> None:
     """torch's step, after the penalty's gradient was added to the gradients of masked scores."""
-    if isinstance(lam, Tensor) or lam > 0:
+    many = [(entry, masked) for entry, masked in entries if masked is not None and masked.num_masks(entry.param)]
+    for entry, masked in many:
+        count = entry.step.clone()
+        for mask, part in enumerate(_masks_of(entry)):
+            entry.step.copy_(count)
+            _torch_adamw_of([(part, masked)], group, _of_mask(group["lr"], mask), _of_mask(lam, mask))
+    others = [pair for pair in entries if not any(pair is other for other in many)]
+    if others:
+        _torch_adamw_of(others, group, group["lr"], lam)
+
+
+def _torch_adamw_of(
+    entries: list[tuple[_Entry, Masked | None]], group: dict[str, Any], lr: Any, lam: Any
+) -> None:
+    """The same with one rate and one lam."""
+    if _is_positive(lam):
         _add_penalty_gradients(entries, lam)
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(part) for part in zip(*(e for e, _ in entries), strict=True))
     firsts = [moment.float() for moment in exp_avgs] if _has_short(exp_avgs) else exp_avgs
@@ -478,7 +548,7 @@ def _torch_adamw(
     adam(
         params, grads, firsts, seconds, [], steps, foreach=group["foreach"], capturable=group["capturable"],
         fused=group["fused"], decoupled_weight_decay=True, amsgrad=False, beta1=group["betas"][0],
-        beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        beta2=group["betas"][1], lr=lr, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip
     for first, second, m, v, step in zip(firsts, seconds, exp_avgs, exp_avg_sqs, steps, strict=True):
         if m.dtype == torch.bfloat16:
@@ -560,9 +630,15 @@ def _mask_adamw(
 ) -> list[_Kept | None]:
     """One step of these in one pass by ``run`` (arguments as Backend.mask_adamw_), which, if it ``writes``, makes the
     effective weights of layers that keep one. Says which; they are not marked fresh yet."""
+    counts = [entry.step for entry, _ in entries]
+    numbers = _numbers_of_entries(entries, group)
+    if isinstance(numbers, list):
+        entries = [
+            (part, of) for entry, of in entries for part in (_masks_of(entry) if of.num_masks(entry.param) else [entry])
+        ]
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(p) for p in zip(*(e for e, _ in entries), strict=True))
     masked = [of for _, of in entries]
-    _count(steps, 1)
+    _count(counts, 1)
     kept: list[_Kept | None] = []
     slots: list[tuple[Tensor, Tensor] | None] = []
     for param, of in zip(params, masked, strict=True):
@@ -578,18 +654,63 @@ def _mask_adamw(
         w_eff, penalty = buffers
         kept.append(_Kept(slot, weight, param.t() if of.is_transposed else param, w_eff, penalty))
         slots.append((w_eff.t() if of.is_transposed else w_eff, penalty))
-    beta1, beta2 = group["betas"]
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device != params[0].device:
-        lr = float(lr)  # torch lets it lie on the host
-    numbers = AdamW(lr, beta1, beta2, group["eps"], group["weight_decay"], group["lam"])
     weights = [of.weight for of in masked]
     try:
         run(params, grads, exp_avgs, exp_avg_sqs, steps, weights, slots, beta, next_beta, kind, numbers)
     except Exception:
-        _count(steps, -1)  # refused: nothing was done
+        _count(counts, -1)  # refused: nothing was done
         raise
     return kept
+
+
+def _numbers_of_entries(entries: list[tuple[_Entry, Masked]], group: dict[str, Any]) -> AdamW | list[AdamW]:
+    """The numbers of a step; one for each mask where there are parameters of several."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device != entries[0][0].param.device:
+        lr = lr.tolist()  # torch lets it lie on the host
+    rest = (*group["betas"], group["eps"], group["weight_decay"])
+    nums = [of.num_masks(entry.param) for entry, of in entries]
+    if not any(nums):
+        return AdamW(lr, *rest, group["lam"])
+    masks = [mask for num in nums for mask in range(num or 1)]
+    return [AdamW(_of_mask(lr, mask), *rest, _of_mask(group["lam"], mask)) for mask in masks]
+
+
+def _is_per_mask(value: Any) -> bool:
+    return value.dim() == 1 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
+
+
+def _of_mask(value: Any, mask: int) -> Any:
+    return value[mask] if _is_per_mask(value) else value
+
+
+def _is_positive(lam: PerMask) -> bool:
+    """Whether there is a penalty, as far as that can be told without looking at a tensor."""
+    return isinstance(lam, Tensor) or any(part > 0 for part in (lam if isinstance(lam, (list, tuple)) else [lam]))
+
+
+def _check_per_mask(name: str, value: PerMask, params: list[Tensor]) -> PerMask:
+    """Numbers per mask are as many as the masks of every parameter; a sequence comes back as a tuple of floats."""
+    if not _is_per_mask(value):
+        return value
+    if not isinstance(value, Tensor):
+        value = tuple(float(part) for part in value)
+    for scores in params:
+        masked = masked_of(scores)
+        num = None if masked is None else masked.num_masks(scores)
+        if num != len(value):
+            raise ValueError(
+                f"MaskAdamW: {len(value)} values of {name}, one per mask, need scores of {len(value)} masks (see "
+                f"bind_masks), got a parameter of shape {list(scores.shape)} with {num or 'no dimension of'} masks"
+            )
+    return value
+
+
+def _check_lr(lr: PerMask, params: list[Tensor]) -> PerMask:
+    lr = _check_per_mask("lr", lr, params)
+    if isinstance(lr, tuple) and not all(0 <= part < math.inf for part in lr):
+        raise ValueError(f"MaskAdamW: lr must be finite and >= 0, got {lr}")
+    return lr
 
 
 def _numbers_of(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -603,23 +724,23 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError("MaskAdamW: amsgrad and maximize are not built; leave them False")
 
 
-def _check_lam_value(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
+def _check_lam_value(lam: PerMask, params: list[Tensor]) -> PerMask:
+    lam = _check_per_mask("lam", lam, params)
     if isinstance(lam, Tensor):
         devices = {str(scores.device) for scores in params}
-        if lam.dim() != 0 or not lam.is_floating_point() or {str(lam.device)} != devices:
+        if lam.dim() > 1 or not lam.is_floating_point() or {str(lam.device)} != devices:
             raise ValueError(
-                f"MaskAdamW: a tensor lam must be 0-d, floating-point and on the scores' device "
+                f"MaskAdamW: a tensor lam must be 0-d (or [masks]), floating-point and on the scores' device "
                 f"({', '.join(sorted(devices))}), got {lam.dtype} {list(lam.shape)} on {lam.device}"
             )
-    elif not math.isfinite(lam) or lam < 0:
+    elif not all(0 <= part < math.inf for part in (lam if isinstance(lam, tuple) else (lam,))):  # pyright: ignore
         raise ValueError(f"MaskAdamW: lam must be finite and >= 0, got {lam}")
     return lam
 
 
-def _check_lam(lam: float | Tensor, params: list[Tensor]) -> float | Tensor:
-    _check_lam_value(lam, params)
-    has_penalty = isinstance(lam, Tensor) or lam > 0
-    if has_penalty and not any(masked_of(scores) is not None for scores in params):
+def _check_lam(lam: PerMask, params: list[Tensor]) -> PerMask:
+    lam = _check_lam_value(lam, params)
+    if _is_positive(lam) and not any(masked_of(scores) is not None for scores in params):
         value = "a tensor" if isinstance(lam, Tensor) else lam
         raise ValueError(
             f"MaskAdamW: lam={value} needs masked layers' scores, this group has none; use "

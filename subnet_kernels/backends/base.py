@@ -71,7 +71,7 @@ class AdamW(NamedTuple):
 
 
 def numbers_of_entries(numbers: AdamW | Sequence[AdamW], num: int) -> list[AdamW]:
-    """The numbers of each of ``num`` entries of a step: one for all, or one per entry, which may differ in lr and lam."""
+    """The numbers of each of ``num`` entries of a step: one for all, or one per entry (they differ in lr and lam)."""
     return [numbers] * num if isinstance(numbers, AdamW) else list(numbers)
 
 
@@ -140,7 +140,7 @@ class Backend:
     def effective_weight_of_masks(
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """effective_weight for each mask: ([G, *weight.shape] with weight's strides behind the first, penalties [G])."""
+        """effective_weight for each mask: ([G, *weight.shape], each part in weight's strides, and penalties [G])."""
         w_eff, num = empty_of_masks(weight, len(scores), dtype), len(scores)
         _, penalties = self.effective_weights(
             [weight] * num, list(scores.unbind()), beta, kind, [dtype] * num, list(w_eff.unbind())
@@ -194,9 +194,10 @@ class Backend:
         next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
         grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
-        """One AdamW step (its number in ``steps``, 0-d; its numbers, see numbers_of_entries) on trainable fp32 scores of their weight's shape and strides,
-        all dense, with lam * penalty_slope at ``beta`` added to the gradients in passing; then, where slots has (w_eff,
-        penalty), the effective weight and the penalty of the new scores at ``next_beta``. In place, in one pass.
+        """One AdamW step (its number in ``steps``, 0-d; its numbers as numbers_of_entries has them) on trainable fp32
+        scores of their weight's shape and strides, all dense, with lam * penalty_slope at ``beta`` added to the
+        gradients in passing; then, where slots has (w_eff, penalty), the effective weight and the penalty of the new
+        scores at ``next_beta``. In place, in one pass.
 
         Moments are both fp32 or both bf16, rounded as rounding.py says. With ``grad_penalties``, ``grads`` are those of
         the effective weights (a kernel dtype, weight's strides), and the scores' are made of the two in passing."""

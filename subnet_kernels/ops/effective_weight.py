@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from ..backends.base import Backend
@@ -238,8 +237,8 @@ def effective_weight(
         weight: fp32, bf16, fp16 or fp64, of any shape with 1 to 4 dimensions (more on the reference backend). A dense
             tensor in any memory order (transposed, channels_last) is read as it lies.
         scores: fp32 (fp64 beside an fp64 weight), weight's number of dimensions; each size divides weight's: one score
-            governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d. Or several masks over the
-            one weight, ``[G, ...]``: the weight is then read once for all (torch.func.vmap over scores gives the same).
+            governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d. Or G masks over the one
+            weight, ``[G, ...]``: it is then read once for all (torch.func.vmap over scores gives the same).
         beta: inverse temperature; a float (checked: finite and >= 0) or a 0-d tensor on the scores' device (not read).
         kind: "sigmoid", "hard" (m = 1[s > 0]) or a MaskKind.
         dtype: of w_eff; weight's if None.

@@ -262,8 +262,8 @@ def masked_linear(
         x: [..., K], fp32, bf16, fp16 or fp64; weight's dtype, unless autocast casts it.
         weight: [N, K], contiguous or transposed (both are read as they lie).
         scores: [N, K] or sizes that divide them ([N, 1]: one score per row, [1, K]: per column, [N/h, 1]: per head);
-            fp32 (fp64 beside an fp64 weight). Or G masks over the one weight, ``[G, ...]``: x is then [G*B, ..., K], and
-            mask g serves the g-th B of its first dimension.
+            fp32 (fp64 beside an fp64 weight). Or G masks over the one weight, ``[G, ...]``: x is then [G*B, ..., K],
+            and mask g serves the g-th B of its first dimension.
         beta: inverse temperature; a float (finite, >= 0) or a 0-d tensor on the same device (its value is not read).
         bias: [N] or None.
         kind: "sigmoid", "hard" or a MaskKind.
@@ -276,7 +276,8 @@ def masked_linear(
 
     Returns:
         out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask
-        over weights. With G masks: out [G*B, ..., N], the masks' parts one after the other, and penalty [G]. Both are ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
+        over weights. With G masks: out [G*B, ..., N], the masks' parts one after the other, and penalty [G]. Both are
+        ordinary autograd outputs: ``ds = grad_w_eff*weight*slope + grad_penalty*penalty_slope``.
         Gradients reach x, scores, bias and weight where they require grad; not beta. Double backward raises.
 
     Raises:

@@ -342,8 +342,9 @@ def raw(kind=0, lr=0.1, beta1=0.9, beta2=0.99, beta=BETA, next_beta=BETA, steps=
     lists = [tensor if isinstance(tensor, list) else [tensor] for tensor in (given[name] for name in ORDER)]
     num = len(lists[0])
     none, firsts = [torch.empty(0)] * num, [0] * num
+    lrs, lams = [lr] * num, [0.1] * num
     ops.mask_adamw(
-        *lists, list(steps), beta, next_beta, kind, [lr] * num, beta1, beta2, 1e-8, 0.0, [0.1] * num, False, none, firsts
+        *lists, list(steps), beta, next_beta, kind, lrs, beta1, beta2, 1e-8, 0.0, lams, False, none, firsts
     )
 
 
