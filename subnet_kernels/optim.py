@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ class Masked(NamedTuple):
     weight: Tensor
     beta: Tensor
     kind: MaskKind
-    slot: Callable[[], Slot | None]  # a weak reference: a slot keeps its scores alive, the key under which this is found
+    slot: Callable[[], Slot | None]  # a weak reference: a slot keeps its scores alive, which are the key to this
     is_transposed: bool = False  # the op gets weight.t() and scores.t()
 
     def num_masks(self, scores: Tensor) -> int | None:
@@ -519,19 +518,21 @@ def _backend_of(entry: _Entry, masked: Masked, op: str) -> Backend | None:
 def _masks_of(entry: _Entry) -> Iterator[_Entry]:
     """The parts of an entry of several masks, each as an entry of its own; they share its memory and its step."""
     tensors = [t.detach().unbind() for t in (entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq)]
-    for param, *others in zip(*tensors, strict=True):
-        yield _Entry(param.requires_grad_(entry.param.requires_grad), *others, entry.step)
+    for param, grad, exp_avg, exp_avg_sq in zip(*tensors, strict=True):
+        yield _Entry(param.requires_grad_(entry.param.requires_grad), grad, exp_avg, exp_avg_sq, entry.step)
 
 
 def _torch_adamw(entries: list[tuple[_Entry, Masked | None]], group: dict[str, Any], lam: PerMask) -> None:
     """torch's step, after the penalty's gradient was added to the gradients of masked scores."""
-    many = [(entry, masked) for entry, masked in entries if masked is not None and masked.num_masks(entry.param)]
-    for entry, masked in many:
+    others: list[tuple[_Entry, Masked | None]] = []
+    for entry, masked in entries:
+        if masked is None or masked.num_masks(entry.param) is None:
+            others.append((entry, masked))
+            continue
         count = entry.step.clone()
         for mask, part in enumerate(_masks_of(entry)):
             entry.step.copy_(count)
             _torch_adamw_of([(part, masked)], group, _of_mask(group["lr"], mask), _of_mask(lam, mask))
-    others = [pair for pair in entries if not any(pair is other for other in many)]
     if others:
         _torch_adamw_of(others, group, group["lr"], lam)
 
@@ -668,12 +669,13 @@ def _numbers_of_entries(entries: list[tuple[_Entry, Masked]], group: dict[str, A
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.device != entries[0][0].param.device:
         lr = lr.tolist()  # torch lets it lie on the host
-    rest = (*group["betas"], group["eps"], group["weight_decay"])
+    beta1, beta2 = group["betas"]
+    eps, weight_decay, lam = group["eps"], group["weight_decay"], group["lam"]
     nums = [of.num_masks(entry.param) for entry, of in entries]
     if not any(nums):
-        return AdamW(lr, *rest, group["lam"])
+        return AdamW(lr, beta1, beta2, eps, weight_decay, lam)
     masks = [mask for num in nums for mask in range(num or 1)]
-    return [AdamW(_of_mask(lr, mask), *rest, _of_mask(group["lam"], mask)) for mask in masks]
+    return [AdamW(_of_mask(lr, m), beta1, beta2, eps, weight_decay, _of_mask(lam, m)) for m in masks]
 
 
 def _is_per_mask(value: Any) -> bool:
@@ -686,21 +688,22 @@ def _of_mask(value: Any, mask: int) -> Any:
 
 def _is_positive(lam: PerMask) -> bool:
     """Whether there is a penalty, as far as that can be told without looking at a tensor."""
-    return isinstance(lam, Tensor) or any(part > 0 for part in (lam if isinstance(lam, (list, tuple)) else [lam]))
+    return isinstance(lam, Tensor) or any(part > 0 for part in (lam if isinstance(lam, Sequence) else [lam]))
 
 
 def _check_per_mask(name: str, value: PerMask, params: list[Tensor]) -> PerMask:
     """Numbers per mask are as many as the masks of every parameter; a sequence comes back as a tuple of floats."""
-    if not _is_per_mask(value):
+    if isinstance(value, (float, int)) or not _is_per_mask(value):
         return value
-    if not isinstance(value, Tensor):
+    if isinstance(value, Sequence):
         value = tuple(float(part) for part in value)
+    count = len(value)
     for scores in params:
         masked = masked_of(scores)
         num = None if masked is None else masked.num_masks(scores)
-        if num != len(value):
+        if num != count:
             raise ValueError(
-                f"MaskAdamW: {len(value)} values of {name}, one per mask, need scores of {len(value)} masks (see "
+                f"MaskAdamW: {count} values of {name}, one per mask, need scores of {count} masks (see "
                 f"bind_masks), got a parameter of shape {list(scores.shape)} with {num or 'no dimension of'} masks"
             )
     return value

@@ -29,7 +29,8 @@ GRADIENTS = ("grad_x", "grad_weight", "grad_scores", "grad_bias")
 
 @dataclass
 class Case:
-    """One call of masked_linear (or masked_conv2d, where ``conv`` has its geometry) with upstream gradients."""
+    """One call of masked_linear (or masked_conv2d, where ``conv`` has its geometry) with upstream gradients. Scores may
+    have a dimension of masks in front."""
 
     x: Tensor
     weight: Tensor
@@ -41,6 +42,7 @@ class Case:
     grad_out: Tensor | None = None
     grad_penalty: float = 0.37
     wanted: tuple[str, ...] = field(default=GRADIENTS)
+    shared_input: bool = False
 
     @property
     def op(self) -> str:
@@ -65,37 +67,48 @@ def _keep_strides(like: Tensor, values: Tensor) -> Tensor:
 def linear_case(
     m: int, n: int, k: int, dtype: torch.dtype = torch.float32, *, scores_shape: tuple[int, int] | None = None,
     beta: float = 3.0, bias: bool = True, kind: str = "sigmoid", is_transposed: bool = False, seed: int = 0,
-    device: str = "cpu",
+    device: str = "cpu", num_masks: int | None = None, shared_input: bool = False,
 ) -> Case:
-    """Random inputs for masked_linear: x [M, K], weight [N, K], scores spread over both sides of zero."""
+    """Random inputs for masked_linear: x [M, K], weight [N, K], scores spread over both sides of zero. With num_masks:
+    scores [G, N, K] and x [G*M, K], or [M, K] if it is shared."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weight, scores = randn(n, k) / max(k, 1) ** 0.5, randn(*(scores_shape or (n, k)))
+    masks = () if num_masks is None else (num_masks,)
+    weight, scores = randn(n, k) / max(k, 1) ** 0.5, randn(*masks, *(scores_shape or (n, k)))
     if is_transposed:
-        weight, scores = weight.t().contiguous().t(), scores.t().contiguous().t()
-    case = Case(randn(m, k), weight, scores, beta, randn(n) if bias else None, None, kind, randn(m, n))
+        weight, scores = weight.t().contiguous().t(), scores.mT.contiguous().mT
+    rows = m * (num_masks or 1)
+    x = randn(m if shared_input else rows, k)
+    case = Case(x, weight, scores, beta, randn(n) if bias else None, None, kind, randn(rows, n))
+    case.shared_input = shared_input
     return _cast(case, dtype, device)
 
 
 def conv_case(
     x_shape: tuple[int, int, int, int], weight_shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, *,
     scores_shape: tuple[int, int, int, int] | None = None, beta: float = 3.0, bias: bool = True, kind: str = "sigmoid",
-    is_channels_last: bool = False, seed: int = 0, device: str = "cpu", **conv: Any,
+    is_channels_last: bool = False, seed: int = 0, device: str = "cpu", num_masks: int | None = None,
+    shared_input: bool = False, **conv: Any,
 ) -> Case:
-    """Random inputs for masked_conv2d; ``conv`` is stride, padding, dilation and groups."""
+    """Random inputs for masked_conv2d; ``conv`` is stride, padding, dilation and groups; x_shape is one mask's."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     fan_in = max(weight_shape[1] * weight_shape[2] * weight_shape[3], 1)
-    x, weight, scores = randn(*x_shape), randn(*weight_shape) / fan_in**0.5, randn(*(scores_shape or weight_shape))
+    masks = () if num_masks is None else (num_masks,)
+    rows = x_shape[0] if shared_input else x_shape[0] * (num_masks or 1)
+    x, weight = randn(rows, *x_shape[1:]), randn(*weight_shape) / fan_in**0.5
+    scores = randn(*masks, *(scores_shape or weight_shape))
     if is_channels_last:
-        x, weight, scores = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, scores))
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        scores = scores.movedim(-3, -1).contiguous().movedim(-1, -3)
     case = Case(x, weight, scores, beta, randn(weight_shape[0]) if bias else None, conv, kind)
+    case.shared_input = shared_input
     case.grad_out = torch.randn(plain(case)[0].shape, generator=generator, dtype=torch.float64)
     return _cast(case, dtype, device)
 
@@ -110,6 +123,11 @@ def _cast(case: Case, dtype: torch.dtype, device: str) -> Case:
 
 def plain(case: Case) -> tuple[Tensor, Tensor]:
     """(out, penalty) by the plain expression, in the case's own dtypes: the eager baseline, and the truth in fp64."""
+    if case.scores.dim() == case.weight.dim() + 1:
+        num = len(case.scores)
+        parts = [case.x] * num if case.shared_input else case.x.chunk(num)
+        made = [plain(replace(case, x=x, scores=s)) for x, s in zip(parts, case.scores.unbind(), strict=True)]
+        return torch.cat([out for out, _ in made]), torch.stack([penalty for _, penalty in made])
     kind: MaskKind = as_kind(case.kind)
     shape = tuple(case.weight.shape)
     m = expand_scores(kind.value(case.scores, case.beta), shape)
@@ -185,6 +203,7 @@ def ours(case: Case, **kwargs: Any) -> tuple[Tensor, Tensor]:
     from .ops.masked_conv import masked_conv2d
     from .ops.masked_linear import masked_linear
 
+    kwargs["shared_input"] = case.shared_input
     if case.conv is None:
         return masked_linear(case.x, case.weight, case.scores, case.beta, case.bias, kind=case.kind, **kwargs)
     return masked_conv2d(

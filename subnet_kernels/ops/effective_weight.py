@@ -191,8 +191,8 @@ _op = register_op(
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """torch.func.vmap over scores (and beta's float, the weight, as they are) is one call for G masks."""
-    (weight, scores, beta, kind, params, _, dtype, _), (of_weight, of_scores, of_beta, *_) = args, in_dims
+    """torch.func.vmap over scores alone is one call for G masks; over weight or beta, one call per member."""
+    (weight, scores, beta), (of_weight, of_scores, of_beta) = args[:3], in_dims[:3]
     if of_weight is None and of_beta is None and of_scores is not None:
         scores = scores.movedim(of_scores, 0)
         if scores.dim() <= weight.dim() + 1:
@@ -201,10 +201,12 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         w_eff, penalty = _op(weight, scores.flatten(0, 1), *args[2:])
         return (w_eff.unflatten(0, (-1, inner)), penalty.unflatten(0, (-1, inner))), (0, 0)
 
-    def plain(weight: Tensor, scores: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        return plain_effective_weight(weight, scores, beta, as_kind(kind, params), dtype)
-
-    return torch.func.vmap(plain, in_dims=tuple(in_dims[:3]))(weight, scores, beta), (0, 0)
+    members = [
+        [t if dim is None else t.select(dim, i) for t, dim in zip((weight, scores, beta), in_dims[:3], strict=True)]
+        for i in range(info.batch_size)
+    ]
+    made = [_op(*member, *args[3:]) for member in members]
+    return (torch.stack([w_eff for w_eff, _ in made]), torch.stack([penalty for _, penalty in made])), (0, 0)
 
 
 register_vmap("effective_weight", _vmap)
