@@ -10,6 +10,7 @@ from .backends.base import Call
 from .backends.triton.rules import bucket
 from .dispatch import describe
 from .ops import checks
+from .ops.many_masks import is_of_masks
 
 _WITH_X = ("masked_linear", "masked_conv2d")
 _OPS = ("effective_weight", "effective_weights", *_WITH_X)
@@ -43,6 +44,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
             raise TypeError(f"explain: {op} needs the tensor {name}, got {type(given.get(name)).__name__}")
     weight, scores = given["weight"], given["scores"]
     checks.check_weight_and_scores(op, weight, scores)
+    num_masks = scores.shape[0] if is_of_masks(weight, scores) else None
+    if num_masks is not None:
+        scores = scores[0]
     compute = checks.cast_for_autocast(given["x"], checks.autocast_dtype(given["x"])).dtype if "x" in given else (
         kwargs.get("dtype") or weight.dtype)  # fmt: skip
     kind = checks.check_kind(op, kwargs.get("kind", "sigmoid"))
@@ -53,6 +57,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     note = ""
     if weight.shape == scores.shape and weight.stride() != scores.stride():
         note = "\n  note: scores have other strides than weight and are copied at every call; give them weight's"
+    if num_masks is not None:  # what has a mask in it is one pass; the product is the vendor's
+        checked = describe(call._replace(op="effective_weight"), kwargs.get("backend"))
+        product = "; then the vendor's product for all of them" if "x" in given else ""
+        return f"{checked}\n  note: one pass for all {num_masks} masks over the weight{product}{note}"
     x, plan = given.get("x"), kwargs.get("plan")
     plan_of = None if x is None else lambda backend: backend.plan_of(op, x, weight, scores, plan)
     return describe(call, kwargs.get("backend"), plan_of) + note

@@ -666,7 +666,7 @@ def _mask_adamw(
 
 def _numbers_of_entries(entries: list[tuple[_Entry, Masked]], group: dict[str, Any]) -> AdamW | list[AdamW]:
     """The numbers of a step; one for each mask where there are parameters of several."""
-    lr = group["lr"]
+    lr: Any = group["lr"]
     if isinstance(lr, Tensor) and lr.device != entries[0][0].param.device:
         lr = lr.tolist()  # torch lets it lie on the host
     beta1, beta2 = group["betas"]

@@ -7,6 +7,7 @@ fuses the mask into the product overrides them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,7 +150,7 @@ class Backend:
 
     def grad_scores_of_masks(
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
-        kind: MaskKind, needs_scores: bool, needs_weight: bool,
+        kind: MaskKind, needs_scores: bool, needs_weight: bool, may_overwrite: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """grad_scores for each mask, of gradients [G, *weight.shape] and [G]: (ds [G, *unit shape], dW, their sum)."""
         wants_scores, wants_weight = gradients_wanted(kind, grad_w_eff, grad_penalty, needs_scores, needs_weight)
@@ -163,7 +164,12 @@ class Backend:
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
         if wants_scores:
-            grad_scores = torch.empty_like(scores)
+            can_reuse = (
+                may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == scores.dtype
+                and grad_w_eff.shape == scores.shape and grad_w_eff.stride() == scores.stride()
+            )
+            grad_scores = grad_w_eff if can_reuse else torch.empty_like(scores)
+            assert grad_scores is not None
             if grad_w_eff is None:
                 for out, penalty, score in zip(grad_scores, penalties, scores.unbind(), strict=True):
                     made, _ = self.grad_scores(None, penalty, weight, score, beta, kind, True, False)
@@ -175,6 +181,53 @@ class Backend:
                     list(grad_scores.unbind()),
                 )
         return grad_scores, grad_weight
+
+    def masked_linear_of_masks(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        is_shared: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """masked_linear for each mask and its part of the batch (or all of it): (out [G*B, ..., N], penalties [G], the
+        effective weights to keep: one [G, N, K] or G of [N, K])."""
+        w_eff, penalties = self.effective_weight_of_masks(weight, scores, beta, kind, x.dtype)
+        return linear_of_masks(x, w_eff, bias, is_shared), penalties, [w_eff]
+
+    def masked_linear_of_masks_backward(
+        self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+        beta: Tensor, w_effs: list[Tensor], kind: MaskKind, is_shared: bool, needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients (x, weight, scores, bias), as masked_linear_backward."""
+        num = len(scores)
+        grad_x = grad_bias = grad_w_eff = grad_scores = None
+        if grad_out is not None:
+            (w_eff,) = w_effs
+            rows = grad_out.reshape(num, count_rows(grad_out) // num, weight.shape[0])
+            columns = x.reshape(1 if is_shared else num, rows.shape[1], weight.shape[1])
+            if needs.x:
+                if is_shared:  # the sum over masks within one product
+                    wide = rows.transpose(0, 1).reshape(rows.shape[1], num * weight.shape[0])
+                    grad_x = wide.mm(w_eff.reshape(num * weight.shape[0], weight.shape[1])).view(x.shape)
+                else:
+                    grad_x = torch.bmm(rows, w_eff).view(x.shape)
+            if needs.bias:
+                grad_bias = rows.sum((0, 1))
+            if needs.scores and kind.is_trainable and not needs.weight:
+                grad_scores = self.linear_grad_scores_of_masks(rows, columns, grad_penalty, weight, scores, beta, kind)
+            if grad_scores is None and (needs.weight or (needs.scores and kind.is_trainable)):
+                grad_w_eff = torch.bmm(rows.transpose(1, 2), columns.expand(num, -1, -1))
+        if grad_scores is not None:
+            return grad_x, None, grad_scores, grad_bias
+        grad_scores, grad_weight = self.grad_scores_of_masks(
+            grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
+        )
+        return grad_x, grad_weight, grad_scores, grad_bias
+
+    def linear_grad_scores_of_masks(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind,
+    ) -> Tensor | None:
+        """ds [G, *unit shape] of grad_out [G, M, N] and x [G or 1, M, K] without the product between; None where there
+        is no such kernel."""
+        return None
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -306,6 +359,23 @@ class Backend:
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True
         )
         return grad_x, grad_weight, grad_scores, grad_bias
+
+
+def linear_of_masks(x: Tensor, w_eff: Tensor, bias: Tensor | None, is_shared: bool) -> Tensor:
+    """[G*B, ..., K] with w_eff [G, N, K] to [G*B, ..., N]; a shared x is [B, ..., K] and its rows are used by all."""
+    num, outputs, features = w_eff.shape
+    if is_shared:  # one product with all effective weights side by side
+        wide = F.linear(x, w_eff.reshape(num * outputs, features), None if bias is None else bias.repeat(num))
+        per_mask = wide.view(*x.shape[:-1], num, outputs).movedim(-2, 0)
+        return per_mask.reshape(num * x.shape[0], *x.shape[1:-1], outputs)
+    by_mask, factors = x.reshape(num, count_rows(x) // num, features), w_eff.transpose(1, 2)
+    out = torch.bmm(by_mask, factors) if bias is None else torch.baddbmm(bias, by_mask, factors)
+    return out.view(*x.shape[:-1], outputs)
+
+
+def count_rows(x: Tensor) -> int:
+    """Rows of [..., K] as a matrix, also of an empty one, of which reshape can't tell."""
+    return math.prod(x.shape[:-1])
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

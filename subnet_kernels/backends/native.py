@@ -17,6 +17,7 @@ from .base import (
     AdamW,
     Backend,
     Call,
+    Needs,
     gradients_wanted,
     keeps_w_eff,
     numbers_of_entries,
@@ -24,6 +25,8 @@ from .base import (
 from .layout import aligned, is_dense, with_strides_of
 
 _FEWEST_FUSED = 16384  # weights in a forward pass; below, a call's overhead is all that counts, and F.linear has less
+_LARGE = 1 << 20  # weights from which masks over one are taken one after the other: a call's overhead no longer counts,
+# and memory of all masks' size, new at each step, costs more than W again (3072x768, 8 masks, 64 rows each: 2.7 times)
 _STEP_BLOCK = 8 << 20  # bytes of a product that linear_step_ makes at once
 _bump = torch.autograd.graph.increment_version
 
@@ -217,6 +220,45 @@ class NativeBackend(ExtensionBackend):
         if buffers is not None:
             _bump(buffers)
         return out, penalty, w_eff if keeps_w_eff(plan) else None
+
+    def masked_linear_of_masks(
+        self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        is_shared: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if weight.numel() < _LARGE:
+            return super().masked_linear_of_masks(x, weight, scores, beta, bias, kind, is_shared)
+        parts = [x] * len(scores) if is_shared else x.chunk(len(scores))
+        outs, penalties, w_effs = [], [], []
+        for part, score in zip(parts, scores.unbind(), strict=True):
+            out, penalty, w_eff = self.masked_linear(part, weight, score, beta, bias, kind, "cached")
+            assert w_eff is not None
+            outs.append(out), penalties.append(penalty), w_effs.append(w_eff)
+        return torch.cat(outs), torch.stack(penalties), w_effs
+
+    def masked_linear_of_masks_backward(
+        self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
+        beta: Tensor, w_effs: list[Tensor], kind: MaskKind, is_shared: bool, needs: Needs,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        if weight.numel() < _LARGE or grad_out is None:
+            return super().masked_linear_of_masks_backward(
+                grad_out, grad_penalty, x, weight, scores, beta, w_effs, kind, is_shared, needs
+            )
+        num = len(scores)
+        penalties = [None] * num if grad_penalty is None else list(grad_penalty.unbind())
+        parts = [x] * num if is_shared else x.chunk(num)
+        grad_x, grad_weight, grad_bias = [], None, None
+        grad_scores = torch.empty_like(scores) if needs.scores and kind.is_trainable else None
+        for mask, (rows, part) in enumerate(zip(grad_out.chunk(num), parts, strict=True)):
+            of_x, of_weight, of_scores, of_bias = self.masked_linear_backward(
+                rows, penalties[mask], part, weight, scores[mask], beta, w_effs[mask], kind, needs
+            )
+            grad_x += [] if of_x is None else [of_x]
+            grad_weight = of_weight if grad_weight is None or of_weight is None else grad_weight.add_(of_weight)
+            grad_bias = of_bias if grad_bias is None or of_bias is None else grad_bias.add_(of_bias)
+            if grad_scores is not None and of_scores is not None:
+                grad_scores[mask] = of_scores
+        total = None if not grad_x else torch.stack(grad_x).sum(0) if is_shared else torch.cat(grad_x)
+        return total, grad_weight, grad_scores, grad_bias
 
     def makes_w_eff_in_product(self, x: Tensor, weight: Tensor, scores: Tensor, kind: MaskKind) -> bool:
         return _is_product_fused(kind, x, weight, scores)

@@ -52,21 +52,6 @@ def check_plan_of_masks(op: str, plan: str | None) -> None:
         )
 
 
-def linear_of_masks(x: Tensor, w_eff: Tensor, bias: Tensor | None, is_shared: bool) -> Tensor:
-    """[G*B, ..., K] with w_eff [G, N, K] to [G*B, ..., N]; a shared x is [B, ..., K] and its rows are used by all."""
-    num, outputs, features = w_eff.shape
-    if is_shared:  # one product with all effective weights side by side
-        wide = F.linear(x, w_eff.reshape(num * outputs, features), None if bias is None else bias.repeat(num))
-        per_mask = wide.view(*x.shape[:-1], num, outputs).movedim(-2, 0)
-        return per_mask.reshape(num * x.shape[0], *x.shape[1:-1], outputs)
-    rows = x.shape[0] // num
-    for size in x.shape[1:-1]:
-        rows *= size
-    by_mask, factors = x.reshape(num, rows, features), w_eff.transpose(1, 2)
-    out = torch.bmm(by_mask, factors) if bias is None else torch.baddbmm(bias, by_mask, factors)
-    return out.view(*x.shape[:-1], outputs)
-
-
 def conv2d_of_masks(x: Tensor, w_eff: Tensor, bias: Tensor | None, args: ConvArgs, is_shared: bool) -> Tensor:
     """[G*B, C, H, W] with w_eff [G, O, C/groups, h, w] to [G*B, O, H', W']; a shared x is [B, C, H, W]."""
     geometry = (args.stride, args.padding, args.dilation)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, Needs, as_matrix, keeps_w_eff
+from ..backends.base import Backend, Needs, as_matrix, keeps_w_eff, linear_of_masks
 from ..dispatch import choose_for
 from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
@@ -21,7 +21,7 @@ from .effective_weight import (
     no_gradient,
     some,
 )
-from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, is_of_masks, linear_of_masks
+from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, is_of_masks
 from .once import differentiable_once, plain_apply
 from .pending import PendingScoreGradients
 from .refresh import refresh_in_graph
@@ -134,6 +134,43 @@ def run_masked_linear(
         out = F.linear(x, w_eff, bias)
         return (out, penalty) if settings.wants_penalty else out
     return _apply(x, weight, scores, beta, bias, settings)
+
+
+class _MaskedLinearOfMasks(torch.autograd.Function):
+    """The same for several masks over the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
+        name: str | None, is_shared: bool,
+    ) -> Any:
+        backend = choose_for("masked_linear", weight, scores[0], kind.name, x.dtype, None, name)
+        out, penalty, w_effs = backend.masked_linear_of_masks(x, weight, scores, beta, bias, kind, is_shared)
+        ctx.backend, ctx.kind, ctx.is_shared = backend, kind, is_shared
+        ctx.save_for_backward(x, weight, scores, beta, *w_effs)
+        ctx.set_materialize_grads(False)
+        return out, penalty
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None) -> Any:
+        x, weight, scores, beta, *w_effs = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        grad_x, grad_weight, grad_scores, grad_bias = ctx.backend.masked_linear_of_masks_backward(
+            grad_out, grad_penalty, x, weight, scores, beta, w_effs, ctx.kind, ctx.is_shared,
+            Needs(wants[0], wants[1], wants[2], wants[4]),
+        )
+        return grad_x, grad_weight, grad_scores, None, grad_bias, None, None, None
+
+
+def _run_of_masks(
+    x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind, backend: str | None,
+    is_shared: bool,
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, kind, x.dtype, backend)
+        return linear_of_masks(x, w_eff, bias, is_shared), penalty
+    return _MaskedLinearOfMasks.apply(x, weight, scores, beta, bias, kind, backend, is_shared)
 
 
 # --- registered ------------------------------------------------------------------------------------------------------
@@ -306,7 +343,6 @@ def masked_linear(
     if is_of_masks(weight, scores):
         check_plan_of_masks(op, plan)
         check_batch_of_masks(op, x, scores.shape[0], shared_input, 2)
-        w_eff, penalty = effective_weight_unchecked(weight, scores, beta, mask_kind, x.dtype, backend)
-        return linear_of_masks(x, w_eff, bias, shared_input), penalty
+        return _run_of_masks(x, weight, scores, beta, bias, mask_kind, backend, shared_input)
     check_shared_input(op, shared_input)
     return run_masked_linear(x, weight, scores, beta, bias, Settings(mask_kind, plan, backend))
