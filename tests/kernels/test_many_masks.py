@@ -293,3 +293,20 @@ def test_bad_numbers_per_mask_are_refused():
             MaskAdamW([scores], **{name: (0.1, -0.2, 0.3)})
     with pytest.raises(ValueError, match="sizes that divide it"):
         bind_masks(scores, weight.t(), beta)
+
+
+# --- large weights, explain -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_input", [False, True])
+def test_a_weight_so_large_that_masks_are_taken_in_turn_is_within_the_error_bound(shared_input, monkeypatch):
+    monkeypatch.setattr(sk.backends.native, "_LARGE", 64)
+    for dtype in DTYPES:
+        assert_within_bound(linear_case(3, 9, 31, dtype, num_masks=3, shared_input=shared_input), "cpu")
+    assert_within_bound(linear_case(3, 9, 31, num_masks=2, scores_shape=(9, 1), shared_input=shared_input), "cpu")
+
+
+def test_explain_says_how_masks_run():
+    x, weight = torch.randn(6, 8), torch.randn(4, 8)
+    text = sk.explain("masked_linear", x, weight, torch.randn(3, 4, 8), 1.0)
+    assert "backend cpu" in text and "one pass for all 3 masks over the weight" in text
