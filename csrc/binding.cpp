@@ -674,7 +674,7 @@ void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
   subnet::RandomBits params{};
   params.out = draws_of(op, out, &num_groups);
   params.rows = out.size(1), params.columns = out.size(2);
-  params.seed = (uint64_t)*int64_of(op, "seed", seed);
+  params.seed = seed_of(op, seed, out.size(0), &params.seed_stride);
   params.offset = (uint32_t)*int64_of(op, "offset", offset);
   const subnet::CpuKernels& kernels = subnet::cpu_kernels();
   split(num_groups, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.random_bits(params, begin, end); });

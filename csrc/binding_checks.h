@@ -196,6 +196,17 @@ inline const int64_t* int64_of(const char* op, const char* name, const Tensor& t
   return static_cast<const int64_t*>(tensor.data_ptr());
 }
 
+// One seed for all samples (0-d, `stride` gets 0) or one for each ([samples], 1).
+inline const int64_t* seed_of(const char* op, const Tensor& seed, int64_t samples, int64_t* stride) {
+  *stride = seed.dim();
+  if (seed.dim() == 0) return int64_of(op, "seed", seed);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(seed.get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && seed.dim() == 1 && seed.size(0) == samples && seed.is_contiguous(),
+                  op, ": seed must be int64, 0-d or contiguous [", samples, "], one for each sample");
+  return static_cast<const int64_t*>(seed.data_ptr());
+}
+
 // Where draws [samples, rows, columns] go; `num_groups` gets how many groups of eight columns they are.
 inline uint16_t* draws_of(const char* op, const Tensor& out, int64_t* num_groups) {
   int32_t dtype;

@@ -275,7 +275,7 @@ void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
   params.out = draws_of(on.op, out, &num_groups);
   params.rows = out.size(1), params.columns = out.size(2);
   params.num_groups = (uint32_t)num_groups;
-  params.seed = int64_of(on.op, "seed", seed);
+  params.seed = seed_of(on.op, seed, out.size(0), &params.seed_stride);
   params.offset = int64_of(on.op, "offset", offset);
   on.run([&](int device, void* stream) { return subnet::launch_random_bits(params, device, stream); });
 }

@@ -122,7 +122,8 @@ struct MaskAdamW {
 struct RandomBits {
   uint16_t* out;                           // [samples, rows, columns]
   int64_t rows, columns;
-  uint64_t seed;
+  const int64_t* seed;                     // one for all samples (seed_stride 0), or one each (1)
+  int64_t seed_stride;
   uint32_t offset;
 };
 

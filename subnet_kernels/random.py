@@ -7,6 +7,7 @@ csrc/cuda/random.cu are its translations, equal to the bit.
 One call of Philox4x32-10 gives four 32-bit words for the eight columns of a group:
 
 - counter: (row, column // 8, sample, offset mod 2^32); key: (low, high) half of the seed, mod 2^64
+- with one seed for each sample the counter's sample is 0: a sample's draws depend on its own seed, not on its place
 - column c takes word (c % 8) // 2, its low half if c is even, its high half if c is odd
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -50,9 +51,10 @@ def random_bits(
     ``bits < round(p * 2**16)`` is true with probability p, to 1 in 65,536.
 
     Args:
-        seed: an int, or a 0-d int64 tensor whose value is read on its device (so that a captured CUDA graph can draw
-            anew at each replay); taken mod 2^64.
-        offset: the same; what tells calls with one seed apart, such as a count of steps; taken mod 2^32.
+        seed: an int, or an int64 tensor whose values are read on their device (so that a captured CUDA graph can draw
+            anew at each replay); 0-d for all samples, or ``[num_samples]``, one for each: sample i is then what
+            ``seed[i]`` alone gives; taken mod 2^64.
+        offset: an int or a 0-d int64 tensor, likewise; what tells calls with one seed apart, such as a count of steps; taken mod 2^32.
         shape: of one mask: the first dimension is the row, all others together, in C order, are the column. A shape
             with one dimension or none is one row.
         num_samples: masks that are drawn; sample i does not depend on how many they are.
@@ -64,16 +66,19 @@ def random_bits(
 
     Raises:
         TypeError: seed or offset are neither ints nor int64 tensors.
-        ValueError: a tensor is not 0-d, the devices differ, or a size is negative.
+        ValueError: a tensor has another shape, the devices differ, or a size is negative.
 
     >>> random_bits(1, 0, (2, 3)).tolist() == random_bits(1, 0, (2, 3), num_samples=2)[:1].tolist()
+    True
+    >>> each = random_bits(torch.tensor([7, 1]), 0, (2, 3), num_samples=2)
+    >>> each[1].tolist() == random_bits(1, 0, (2, 3))[0].tolist()
     True
     """
     sizes = [int(size) for size in shape]
     if num_samples < 0 or any(size < 0 for size in sizes):
         raise ValueError(f"random_bits: sizes must not be negative, got {num_samples} samples of shape {sizes}")
     rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
-    seed, offset = _scalars(seed, offset, device)
+    seed, offset = _tensors(seed, offset, num_samples, device)
     if native.serves(seed):
         out = torch.empty(num_samples, rows, columns, dtype=torch.uint16, device=seed.device)
         torch.ops.subnet_native.random_bits(seed, offset, out)
@@ -83,19 +88,23 @@ def random_bits(
 
 
 def plain_random_bits(seed: Tensor, offset: Tensor, num_samples: int, rows: int, columns: int) -> Tensor:
-    """uint16 [num_samples, rows, columns] by plain PyTorch."""
+    """uint16 [num_samples, rows, columns] by plain PyTorch; seed 0-d or [num_samples]."""
+    samples = 1 if seed.dim() else num_samples  # that one seed has
     groups = (columns + 7) // 8
 
     def indices(num: int, *shape: int) -> Tensor:
         return torch.arange(num, device=seed.device).view(shape)
 
-    counter = indices(rows, 1, -1, 1), indices(groups, 1, 1, -1), indices(num_samples, -1, 1, 1), offset & _WORD
+    counter = indices(rows, 1, -1, 1), indices(groups, 1, 1, -1), indices(samples, -1, 1, 1), offset & _WORD
+    seed = seed.view(-1, 1, 1)
     words = torch.broadcast_tensors(*philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, -1).flatten(2)[..., :columns].to(torch.uint16).contiguous()
 
 
-def _scalars(seed: int | Tensor, offset: int | Tensor, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+def _tensors(
+    seed: int | Tensor, offset: int | Tensor, num_samples: int, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
     given = [value.device for value in (seed, offset) if isinstance(value, Tensor)]
     if device is not None:
         given.append(torch.device(device))
@@ -104,8 +113,10 @@ def _scalars(seed: int | Tensor, offset: int | Tensor, device: torch.device | st
         if isinstance(value, Tensor):
             if value.dtype != torch.int64:
                 raise TypeError(f"random_bits: {name} must be an int or an int64 tensor, got {value.dtype}")
-            if value.dim() != 0:
-                raise ValueError(f"random_bits: {name} must be 0-d, got shape {list(value.shape)}")
+            if value.dim() != 0 and not (name == "seed" and value.shape == (num_samples,)):
+                expected = f"0-d or [{num_samples}], one for each sample" if name == "seed" else "0-d"
+                raise ValueError(f"random_bits: {name} must be {expected}, got shape {list(value.shape)}")
+            value = value.contiguous()
         elif isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"random_bits: {name} must be an int or an int64 tensor, got {type(value).__name__}")
         else:

@@ -38,12 +38,14 @@ void random_bits(const RandomBits& p, int64_t group_begin, int64_t group_end) {
   for (int64_t at = group_begin; at < group_end;) {
     const int64_t line = at / groups, first = at % groups;  // line: a row of a sample
     const int64_t last = groups - first < group_end - at ? groups : first + (group_end - at);
+    const auto sample = (uint32_t)(line / p.rows), row = (uint32_t)(line % p.rows);
+    const auto seed = (uint64_t)p.seed[sample * p.seed_stride];
+    const uint32_t counted = p.seed_stride ? 0 : sample;
     uint16_t* out = p.out + line * p.columns;
     for (int64_t group = first; group < last; group += kLanes) {
-      const auto drawn = Philox<VectorWords>::draw({{VectorBits{} + (uint32_t)(line % p.rows), lanes + (uint32_t)group,
-                                                     VectorBits{} + (uint32_t)(line / p.rows),
-                                                     VectorBits{} + (uint32_t)p.offset}},
-                                                   (uint32_t)p.seed, (uint32_t)(p.seed >> 32));
+      const auto drawn = Philox<VectorWords>::draw({{VectorBits{} + row, lanes + (uint32_t)group, VectorBits{} + counted,
+                                                     VectorBits{} + p.offset}},
+                                                   (uint32_t)seed, (uint32_t)(seed >> 32));
       for (int lane = 0; lane < kLanes && group + lane < last; ++lane) {
         uint16_t eight[8];
         for (int k = 0; k < 4; ++k) {

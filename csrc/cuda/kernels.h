@@ -107,7 +107,8 @@ struct CudaRandomBits {
   uint16_t* out;                          // [samples, rows, columns]
   int64_t rows, columns;
   uint32_t num_groups;                    // samples * rows * ceil(columns / 8)
-  const int64_t *seed, *offset;           // 0-d
+  const int64_t *seed, *offset;           // one offset; seeds: see RandomBits
+  int64_t seed_stride;
 };
 const char* launch_random_bits(const CudaRandomBits& params, int device, void* stream);
 

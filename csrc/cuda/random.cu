@@ -13,10 +13,10 @@ __global__ void __launch_bounds__(kThreads) random_bits_kernel(const __grid_cons
   const uint32_t at = blockIdx.x * kThreads + threadIdx.x;
   if (at >= p.num_groups) return;
   const uint32_t line = at / groups, group = at % groups;  // line: a row of a sample
-  const auto seed = (uint64_t)*p.seed;
-  const auto drawn = Philox<ScalarWords>::draw(
-      {{line % (uint32_t)p.rows, group, line / (uint32_t)p.rows, (uint32_t)*p.offset}}, (uint32_t)seed,
-      (uint32_t)(seed >> 32));
+  const uint32_t sample = line / (uint32_t)p.rows, row = line % (uint32_t)p.rows;
+  const auto seed = (uint64_t)p.seed[sample * p.seed_stride];
+  const auto drawn = Philox<ScalarWords>::draw({{row, group, p.seed_stride ? 0 : sample, (uint32_t)*p.offset}},
+                                               (uint32_t)seed, (uint32_t)(seed >> 32));
   uint16_t* out = p.out + (int64_t)line * p.columns + 8 * group;
   const int64_t left = p.columns - 8 * (int64_t)group;
   if (left >= 8 && are_aligned(out)) {

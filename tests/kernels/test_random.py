@@ -56,6 +56,27 @@ def natives():
     return CAPABILITIES, capability
 
 
+def on_host(seed, given):
+    cuda_on_host.OnHost().ops.random_bits(seed, torch.tensor(OFFSET - 2**64), given)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_seed_for_each_sample_draws_what_that_seed_draws_alone_everywhere(shape):
+    capabilities, capability = natives()
+    seeds = torch.tensor([SEED, 5, -(2**63) + 9, 5, SEED])[::2]  # strided, too
+    alone = [sk.random_bits(int(seed), OFFSET, shape).to(torch.int32) for seed in seeds]
+    wanted = torch.cat(alone)
+    plain = plain_random_bits(seeds, torch.tensor(OFFSET - 2**64), 3, *sizes_of(shape))
+    assert torch.equal(plain.to(torch.int32).flatten(), wanted.flatten())
+    for name in capabilities:
+        with capability(name):
+            assert torch.equal(sk.random_bits(seeds, OFFSET, shape, num_samples=3).to(torch.int32), wanted)
+    if cuda_on_host.compiler() is not None:
+        given = torch.zeros(3, *sizes_of(shape), dtype=torch.uint16)
+        on_host(seeds.contiguous(), given)
+        assert torch.equal(given.to(torch.int32).flatten(), wanted.flatten())
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_python_every_cpu_capability_and_the_cuda_kernel_draw_the_same_bits(shape):
     capabilities, capability = natives()
@@ -70,7 +91,7 @@ def test_python_every_cpu_capability_and_the_cuda_kernel_draw_the_same_bits(shap
     out = torch.zeros(wanted.numel() + 1, dtype=torch.uint16)
     for begin in (0, 1):  # aligned, and not
         given = out[begin : begin + wanted.numel()].view(wanted.shape)
-        cuda_on_host.OnHost().ops.random_bits(torch.tensor(SEED), torch.tensor(OFFSET - 2**64), given)
+        on_host(torch.tensor(SEED), given)
         assert torch.equal(given.to(torch.int32), wanted)
 
 
@@ -106,7 +127,9 @@ def test_what_fits_nothing_is_refused_in_words():
         sk.random_bits(torch.tensor(1.0), 0, (3,))
     with pytest.raises(TypeError, match="offset must be an int or an int64 tensor, got float"):
         sk.random_bits(1, 0.5, (3,))
-    with pytest.raises(ValueError, match=r"seed must be 0-d, got shape \[2\]"):
+    with pytest.raises(ValueError, match=r"seed must be 0-d or \[1\], one for each sample, got shape \[2\]"):
         sk.random_bits(torch.tensor([1, 2]), 0, (3,))
+    with pytest.raises(ValueError, match=r"offset must be 0-d, got shape \[1\]"):
+        sk.random_bits(1, torch.tensor([1]), (3,))
     with pytest.raises(ValueError, match=r"sizes must not be negative, got -1 samples of shape \[3\]"):
         sk.random_bits(1, 0, (3,), num_samples=-1)
