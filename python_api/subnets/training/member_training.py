@@ -1,6 +1,7 @@
 """One training loop over a stack of networks: own data order each, planted entries constant, best epoch each.
 
-The recipe (batch, rate, epochs) is shared; data, seed, starting weights and frozen entries belong to the member.
+The recipe (batch, rate, most epochs) is shared; data, seed, starting weights, frozen entries and the end belong to the
+member: one that is done leaves the stack, the others go on.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subnets.training.files import load_tensors, save_tensors
 from subnets.training.gpt2 import GPT2Shape
-from subnets.training.seeds import byte_generator, torch_generator
-from subnets.training.stacked import DropoutNoise, StackedGPT2
+from subnets.training.seeds import seed_for, torch_generator
+from subnets.training.stack_step import Rows, Stack, StackedRows, StackStep
+from subnets.training.stacked import StackedGPT2
 
-_EVALUATION_CHUNK = 250  # sequences per forward pass: keeps activations of a dozen members near the caches
+_EVALUATION_CHUNK = 250  # rows per forward pass: keeps activations of a dozen members near the caches
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Recipe:
     beta2: float = 0.999
     clip: float | None = None  # largest gradient norm of a member
     warmup_steps: int = 0  # the rate rises linearly over this many steps
-    decay: bool = False  # the rate falls linearly to 0 at the end of the last epoch
+    decay: bool = False  # the rate falls linearly to 0 at the end of the last epoch; members then have equal epochs
     evaluate_every: int = 0  # steps; 0 = at the end of each epoch
-    stop_at: float | None = None  # validation accuracy of every member at which training stops
-    patience: int | None = None  # epochs without gain of any member after which training stops
+    stop_at: float | None = None  # validation accuracy at which a member is done
+    patience: int | None = None  # epochs without gain after which a member is done
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ class Member:
 
     `state` is its starting state dict; `frozen[name]` (bool, the parameter's shape) marks entries that keep their
     starting value to the bit; `streams` name its random streams, so equal streams mean equal data order and dropout.
+    `train`, `validation`, `test` may have any number of rows; a tuple of tensors counts rows in the first dimension.
     """
 
     label: dict[str, int | float | str]
     state: dict[str, Tensor]
-    train: Tensor
-    validation: Tensor
-    test: Tensor
+    train: Rows
+    validation: Rows
+    test: Rows
     streams: tuple[int | str, ...]
     frozen: dict[str, Tensor] = field(default_factory=dict)
 
@@ -69,178 +73,267 @@ class MemberResult:
 
 
 @dataclass
-class _Progress:
-    """Where training stands: all of it but the tensors goes into the checkpoint as JSON."""
+class _Standing:
+    """Where one member stands."""
 
-    epoch: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    since: int = 0  # steps since its last evaluation
+    curve: list[dict[str, float]] = field(default_factory=list)
+    test_accuracy: float | None = None  # given when it has left
+
+
+@dataclass
+class _Progress:
+    """Where training stands: all of it but the tensors goes into the checkpoint as JSON.
+
+    Members begin together and take every step together until they leave: `step` counts for each of them.
+    """
+
+    active: list[int]  # members in the order of the stack
+    standing: list[_Standing]
     step: int = 0
-    best: list[float] = field(default_factory=list)
-    best_epoch: list[int] = field(default_factory=list)
-    last_gain: int = 0
-    curves: list[list[dict[str, float]]] = field(default_factory=list)
-    done: bool = False
+    member_steps: int = 0
 
 
 Report = Callable[[dict[str, float]], None]
+Network = GPT2Shape | Callable[[list[dict[str, Tensor]], torch.device], Stack]
 
 
 class StackTrainer:
-    """Trains a stack; `checkpoint` (a path) makes it resumable at epochs, with the same numbers as an unbroken run."""
+    """Trains a stack; `checkpoint` (a path) makes it resumable at any kill, with the same numbers as an unbroken run.
+
+    Args:
+        network: the shape of the GPT-2s, or a function of (state dicts, device) that makes a stack (`StackedModule`).
+        members: what is trained; each may have its own number of rows.
+        recipe: how.
+        checkpoint: file that is written every `checkpoint_seconds`, after an evaluation.
+        device: where to train; a CUDA device replays the whole step as a CUDA graph.
+
+    Raises:
+        ValueError: no members, none of a member's rows, epochs or batch below 1, or a decaying rate for members whose
+            epochs have different numbers of steps.
+    """
 
     def __init__(
         self,
-        shape: GPT2Shape,
+        network: Network,
         members: Sequence[Member],
         recipe: Recipe,
         *,
         checkpoint: Path | None = None,
         checkpoint_seconds: float = 30.0,
+        device: torch.device | str = "cpu",
     ) -> None:
         _check_members(members, recipe)
-        self.shape, self.recipe = shape, recipe
-        self.order = sorted(range(len(members)), key=lambda i: not members[i].frozen)  # planted and frozen ones first
-        self.members = [members[i] for i in self.order]
-        self.net = StackedGPT2(shape, [member.state for member in self.members])
-        self.best = {name: value.clone() for name, value in self.net.params.items()}
-        self.frozen = _stack_frozen(self.members, self.net)
-        self.optimizer = self._optimizer()
-        self.train_data = torch.stack([member.train for member in self.members])
-        self.progress = _Progress(
-            best=[-1.0] * len(members), best_epoch=[0] * len(members), curves=[[] for _ in members]
-        )
+        self.recipe, self.members, self.device = recipe, list(members), torch.device(device)
         self.checkpoint, self.checkpoint_seconds = checkpoint, checkpoint_seconds
+        active = sorted(range(len(members)), key=lambda i: not members[i].frozen)  # planted and frozen ones first
+        self.progress = _Progress(active, [_Standing() for _ in members])
+        stacked = [self.members[i] for i in active]
+        states = [member.state for member in stacked]
+        if isinstance(network, GPT2Shape):
+            self.net, dropout = StackedGPT2(network, states, device=self.device), network.dropout
+        else:
+            self.net, dropout = network(states, self.device), 0.0
+        self.best = {name: value.clone() for name, value in self.net.params.items()}
+        self.left: dict[int, dict[str, Tensor]] = {}  # best weights of members that are done
+        self.validation, self.test = (
+            StackedRows([getattr(member, name) for member in stacked], self.device) for name in ("validation", "test")
+        )
+        self.step = StackStep(
+            self.net, StackedRows([member.train for member in stacked], self.device), recipe.batch, self._rates(),
+            decay=recipe.weight_decay, beta2=recipe.beta2, clip=recipe.clip,
+            seeds=torch.tensor([seed_for(*m.streams, "dropout") for m in stacked], device=self.device),
+            dropout=dropout, frozen=_stack_frozen(stacked, self.net),
+        )  # fmt: skip
 
     def run(self, report: Report | None = None) -> list[MemberResult]:
         """Trains to the end (or goes on from the checkpoint) and returns one result per member, in the given order.
 
-        `report` is called after every step with epoch, step (of the whole training), loss and the last validation
-        accuracy (means over members).
+        `report` is called after every step with step, epoch (that of the member that is furthest), active (members in
+        the stack), member_steps (steps done, summed over members), loss and the last validation accuracy (means over
+        the active members; on a CUDA device the loss is the last one that was read at an evaluation).
         """
+        state = self.progress
         if self.checkpoint is not None and self.checkpoint.exists():
-            self._load_checkpoint(self.checkpoint)
-        written = time.monotonic()
-        while self.progress.epoch < self.recipe.epochs and not self.progress.done:
-            self._epoch(report)
-            if self.checkpoint is not None and time.monotonic() - written >= self.checkpoint_seconds:
+            state = self._load_checkpoint(self.checkpoint)
+        for place, i in enumerate(state.active):
+            self._set_order(place, i)
+        written, loss = time.monotonic(), float("nan")
+        while state.active:
+            self.step(max(self._rows_now(i) for i in state.active))
+            active = list(state.active)
+            state.step += 1
+            state.member_steps += len(active)
+            due = self._after_step()
+            if report is not None:
+                if due or self.device.type == "cpu":
+                    loss = self.step.losses.mean().item() if state.active else loss
+                curves = [state.standing[i].curve for i in active]
+                report({
+                    "epoch": max(-(-state.step // self._steps(i)) for i in active), "step": state.step,
+                    "active": len(state.active), "member_steps": state.member_steps, "loss": loss,
+                    "accuracy": sum(c[-1]["validation_accuracy"] for c in curves if c) / len(active),
+                })  # fmt: skip
+            if due and self.checkpoint is not None and time.monotonic() - written >= self.checkpoint_seconds:
                 self._save_checkpoint(self.checkpoint)
                 written = time.monotonic()
-        return self._results()
+        return [
+            MemberResult(member.label, at.test_accuracy or 0.0, at.best, at.best_epoch, at.curve, self.left[i])
+            for i, (member, at) in enumerate(zip(self.members, state.standing, strict=True))
+        ]
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        for name, value in self.net.params.items():
-            value.grad = self.net.grads[name]
+    def _num_rows(self, i: int) -> int:
+        return _num_rows(self.members[i].train)
+
+    def _steps(self, i: int) -> int:
+        """Steps of one epoch of member i."""
+        return -(-self._num_rows(i) // self.recipe.batch)
+
+    def _rows_now(self, i: int) -> int:
+        """Rows of member i in the step to come."""
+        done = self.progress.step % self._steps(i) * self.recipe.batch
+        return min(self.recipe.batch, self._num_rows(i) - done)
+
+    def _rates(self) -> Tensor:
         recipe = self.recipe
-        betas = (0.9, recipe.beta2)
-        params = list(self.net.params.values())
-        return torch.optim.AdamW(params, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay, fused=True)
+        total = recipe.epochs * max(map(self._steps, range(len(self.members))))
+        steps = torch.arange(total, dtype=torch.float64)
+        rates = recipe.lr * ((steps + 1) / max(1, recipe.warmup_steps)).clamp_max(1.0)
+        if recipe.decay:
+            rates *= 1.0 - steps / total
+        return rates.float().to(self.device)
 
-    def _steps_per_epoch(self) -> int:
-        return -(-self.train_data.shape[1] // self.recipe.batch)
+    def _set_order(self, place: int, i: int) -> None:
+        """Gives member i the row order of the epoch that it is in."""
+        steps, streams = self._steps(i), self.members[i].streams
+        epochs = self.progress.step // steps  # done
+        order = torch.randperm(self._num_rows(i), generator=torch_generator(*streams, "order", epochs + 1))
+        self.step.set_order(place, order, epochs * steps)
 
-    def _epoch(self, report: Report | None) -> None:
-        state, recipe, steps = self.progress, self.recipe, self._steps_per_epoch()
-        epoch = state.epoch + 1
-        num_rows = self.train_data.shape[1]
-        order = torch.stack(
-            [torch.randperm(num_rows, generator=torch_generator(*m.streams, "order", epoch)) for m in self.members]
+    def _after_step(self) -> bool:
+        """Evaluates the members that are due, lets those that are done leave, begins epochs; was any due?"""
+        state, recipe = self.progress, self.recipe
+        due, gone = [], []
+        for place, i in enumerate(state.active):
+            state.standing[i].since += 1
+            within = state.step % self._steps(i)
+            if within == 0 or (recipe.evaluate_every and within % recipe.evaluate_every == 0):
+                due.append(place)
+        if due:
+            self._evaluate(due)
+        for place, i in enumerate(state.active):
+            ended = state.step % self._steps(i) == 0
+            if place in due and self._is_done(i, ended):
+                gone.append(place)
+            elif ended:
+                self._set_order(place, i)
+        if gone:
+            self._leave(gone)
+        return bool(due)
+
+    def _is_done(self, i: int, ended: bool) -> bool:
+        """Is member i done after an evaluation (at the end of an epoch)?"""
+        at, recipe, epoch = self.progress.standing[i], self.recipe, self.progress.step // self._steps(i)
+        if recipe.stop_at is not None and at.best >= recipe.stop_at:
+            return True
+        return ended and (
+            epoch == recipe.epochs or (recipe.patience is not None and epoch - at.best_epoch >= recipe.patience)
         )
-        generators = [byte_generator(*m.streams, "dropout", epoch) for m in self.members]
-        noise = DropoutNoise(generators, self.shape.dropout) if self.shape.dropout > 0 else None
-        total = torch.zeros(len(self.members))
-        since = 0
-        for step, rows in enumerate(order.split(recipe.batch, dim=1), start=1):
-            losses = self._step(rows, noise)
-            total += losses
-            since += 1
-            due = step == steps or (recipe.evaluate_every and step % recipe.evaluate_every == 0)
-            if due:
-                self._evaluate(epoch - 1 + step / steps, epoch, (total / since).tolist())
-                total.zero_()
-                since = 0
-            if report is not None:
-                accuracy = sum(c[-1]["validation_accuracy"] for c in state.curves if c) / len(self.members)
-                report({"epoch": epoch, "step": state.step, "loss": losses.mean().item(), "accuracy": accuracy})
-            if due and recipe.stop_at is not None and min(state.best) >= recipe.stop_at:
-                state.done = True
-                break
-        state.epoch = epoch
-        if recipe.patience is not None and epoch - state.last_gain >= recipe.patience:
-            state.done = True
 
-    def _step(self, rows: Tensor, noise: DropoutNoise | None) -> Tensor:
-        recipe, state = self.recipe, self.progress
-        batch = self.train_data.gather(1, rows[:, :, None].expand(-1, -1, self.train_data.shape[2]))
-        losses = self.net.loss_and_grads(batch, noise)
-        if recipe.clip is not None:
-            _clip_members(self.net.grads, recipe.clip)
-        total = recipe.epochs * self._steps_per_epoch()
-        rate = recipe.lr * min(1.0, (state.step + 1) / max(1, recipe.warmup_steps))
-        self.optimizer.param_groups[0]["lr"] = rate * (1.0 - state.step / total) if recipe.decay else rate
-        self.optimizer.step()
-        state.step += 1
-        for name, (mask, value) in self.frozen.items():
-            planted = self.net.params[name][: mask.shape[0]]
-            torch.where(mask, value, planted, out=planted)
-        return losses
-
-    def _evaluate(self, position: float, epoch: int, losses: list[float]) -> None:
-        """Validation accuracy of every member; keeps the weights of those that got better."""
+    def _evaluate(self, places: list[int]) -> None:
+        """Validation accuracy of these members; keeps the weights of those that got better."""
         state = self.progress
-        accuracies = self._accuracies([member.validation for member in self.members])
-        for i, accuracy in enumerate(accuracies):
-            state.curves[i].append({"epoch": position, "loss": losses[i], "validation_accuracy": accuracy})
-            if accuracy > state.best[i]:
-                state.best[i], state.best_epoch[i], state.last_gain = accuracy, epoch, epoch
-                for name, value in self.net.params.items():
-                    self.best[name][i].copy_(value[i])
-
-    def _accuracies(self, sets: list[Tensor]) -> list[float]:
-        sequences = torch.stack(sets)
-        right = [(self.net.answers(part) == part[..., -1]).sum(1) for part in sequences.split(_EVALUATION_CHUNK, dim=1)]
-        return (torch.stack(right).sum(0) / sequences.shape[1]).tolist()
-
-    def _results(self) -> list[MemberResult]:
+        accuracies = self._accuracies(self.net.params, self.validation, places)
+        losses = self.step.totals.tolist()
+        better = []
+        for place, accuracy in zip(places, accuracies, strict=True):
+            i = state.active[place]
+            at, steps = state.standing[i], self._steps(i)
+            loss = losses[place] / at.since
+            at.curve.append({"epoch": state.step / steps, "loss": loss, "validation_accuracy": accuracy})
+            at.since = 0
+            if accuracy > at.best:
+                at.best, at.best_epoch = accuracy, -(-state.step // steps)
+                better.append(place)
+        self.step.totals[places] = 0.0
         for name, value in self.net.params.items():
-            value.copy_(self.best[name])
+            for place in better:
+                self.best[name][place].copy_(value[place])
+
+    def _accuracies(self, params: dict[str, Tensor], sets: StackedRows, places: list[int]) -> list[float]:
+        """Share of right answers of the members at these places with these parameters."""
+        net, index = self.net.like(params), torch.tensor(places, device=self.device)
+        lengths = torch.tensor([sets.lengths[place] for place in places], device=self.device)
+        if len(places) < self.net.members:
+            net = net.like({name: value[index] for name, value in params.items()})
+        right = torch.zeros(len(places), dtype=torch.int64, device=self.device)
+        for numbers in torch.arange(max(sets.lengths[p] for p in places), device=self.device).split(_EVALUATION_CHUNK):
+            rows = sets.take(numbers.expand(len(places), -1), index)
+            right += (net.right(rows) & (numbers < lengths[:, None])).sum(1)
+        return (right / lengths).tolist()
+
+    def _leave(self, places: list[int]) -> None:
+        """The members at these places get their test accuracy and leave, with all that belongs to them."""
         state = self.progress
-        tests = self._accuracies([member.test for member in self.members])
-        results: list[MemberResult | None] = [None] * len(self.members)
-        for i, (member, where) in enumerate(zip(self.members, self.order, strict=True)):
-            results[where] = MemberResult(
-                member.label, tests[i], state.best[i], state.best_epoch[i], state.curves[i], self.net.state(i)
-            )
-        return [result for result in results if result is not None]
+        net = self.net.like(self.best)
+        for place, accuracy in zip(places, self._accuracies(self.best, self.test, places), strict=True):
+            self.left[state.active[place]] = net.state(place)
+            state.standing[state.active[place]].test_accuracy = accuracy
+        self._keep([place for place in range(len(state.active)) if place not in places])
+
+    def _keep(self, places: list[int]) -> None:
+        self.progress.active = [self.progress.active[place] for place in places]
+        if not places:
+            return
+        members = torch.tensor(places)
+        self.step.keep(members)
+        self.validation.keep(members)
+        self.test.keep(members)
+        self.best = {name: value[members] for name, value in self.best.items()}
 
     def _save_checkpoint(self, path: Path) -> None:
-        tensors = {}
-        for name, value in self.net.params.items():
-            adam = self.optimizer.state[value]
-            tensors[f"param.{name}"], tensors[f"best.{name}"] = value, self.best[name]
-            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = adam["exp_avg"], adam["exp_avg_sq"]
-            tensors[f"step.{name}"] = adam["step"]
-        save_tensors(path, tensors, {"progress": json.dumps(vars(self.progress))})
+        tensors = {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"left.{i}.{name}": value for i, state in self.left.items() for name, value in state.items()}
+        if self.progress.active:
+            tensors |= self.step.tensors()
+        state = {**vars(self.progress), "standing": [vars(at) for at in self.progress.standing]}
+        save_tensors(path, tensors, {"progress": json.dumps(state)})
 
-    def _load_checkpoint(self, path: Path) -> None:
+    def _load_checkpoint(self, path: Path) -> _Progress:
         tensors, metadata = load_tensors(path)
-        self.progress = _Progress(**json.loads(metadata["progress"]))
-        for name, value in self.net.params.items():
-            value.copy_(tensors[f"param.{name}"])
-            self.best[name].copy_(tensors[f"best.{name}"])
-            self.optimizer.state[value] = {
-                key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        state: dict[str, Any] = json.loads(metadata["progress"])
+        active = state["active"]
+        self._keep([self.progress.active.index(i) for i in active])
+        self.progress = _Progress(**{**state, "standing": [_Standing(**at) for at in state["standing"]]})
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "left":
+                i, _, rest = rest.partition(".")
+                self.left.setdefault(int(i), {})[rest] = value
+            elif kind == "best" and active:
+                self.best[rest].copy_(value)
+        if active:
+            self.step.load(tensors)
+        return self.progress
 
 
 def train_stack(
-    shape: GPT2Shape,
+    network: Network,
     members: Sequence[Member],
     recipe: Recipe,
     *,
     checkpoint: Path | None = None,
     report: Report | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[MemberResult]:
     """Results of training `members` side by side, in their order; see StackTrainer."""
-    return StackTrainer(shape, members, recipe, checkpoint=checkpoint).run(report)
+    return StackTrainer(network, members, recipe, checkpoint=checkpoint, device=device).run(report)
+
+
+def _num_rows(rows: Rows) -> int:
+    return len(rows[0] if isinstance(rows, tuple) else rows)
 
 
 def _check_members(members: Sequence[Member], recipe: Recipe) -> None:
@@ -250,12 +343,19 @@ def _check_members(members: Sequence[Member], recipe: Recipe) -> None:
         raise ValueError(
             f"train_stack: epochs and batch must be at least 1, got epochs={recipe.epochs}, batch={recipe.batch}"
         )
-    lengths = sorted({len(member.train) for member in members})
-    if len(lengths) > 1 or lengths[0] == 0:
-        raise ValueError(f"train_stack: all members need equally many training rows (> 0), got {lengths}")
+    for name in ("train", "validation", "test"):
+        lengths = [_num_rows(getattr(member, name)) for member in members]
+        if 0 in lengths:
+            raise ValueError(f"train_stack: every member needs {name} rows, got none for member {lengths.index(0)}")
+    steps = sorted({-(-_num_rows(member.train) // recipe.batch) for member in members})
+    if recipe.decay and len(steps) > 1:
+        raise ValueError(
+            f"train_stack: a decaying rate needs members whose epochs have equally many steps, got {steps}; "
+            "train them in one stack for each number"
+        )
 
 
-def _stack_frozen(members: Sequence[Member], net: StackedGPT2) -> dict[str, tuple[Tensor, Tensor]]:
+def _stack_frozen(members: Sequence[Member], net: Stack) -> dict[str, tuple[Tensor, Tensor]]:
     """Per parameter a mask and the starting values, [F, ...]: the F members with frozen entries come first."""
     frozen = [member for member in members if member.frozen]
     names = sorted({name for member in frozen for name in member.frozen})
@@ -263,14 +363,6 @@ def _stack_frozen(members: Sequence[Member], net: StackedGPT2) -> dict[str, tupl
     for name in names:
         value = net.params[name][: len(frozen)].clone()
         nothing = torch.zeros(value.shape[1:], dtype=torch.bool)
-        stacked[name] = (torch.stack([member.frozen.get(name, nothing) for member in frozen]), value)
+        masks = torch.stack([member.frozen.get(name, nothing) for member in frozen])
+        stacked[name] = (masks.to(value.device), value)
     return stacked
-
-
-def _clip_members(grads: dict[str, Tensor], largest: float) -> None:
-    """Scales each member's gradient so that its norm is at most `largest`, as torch's clip_grad_norm_ does."""
-    squares = [torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads.values()]
-    norm = torch.linalg.vector_norm(torch.stack(squares), dim=0)
-    factor = (largest / (norm + 1e-6)).clamp_max_(1.0)
-    for grad in grads.values():
-        grad.mul_(factor.view(-1, *[1] * (grad.ndim - 1)))

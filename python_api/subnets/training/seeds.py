@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 
 _MAX_SEED = 2**63
@@ -25,8 +24,3 @@ def seed_for(*parts: int | str) -> int:
 def torch_generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by `seed_for(*parts)`."""
     return torch.Generator().manual_seed(seed_for(*parts))
-
-
-def byte_generator(*parts: int | str) -> np.random.Generator:
-    """A fast generator of random bytes (SFC64) seeded by `seed_for(*parts)`; used for dropout masks."""
-    return np.random.Generator(np.random.SFC64(seed_for(*parts)))

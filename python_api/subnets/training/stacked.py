@@ -12,37 +12,40 @@ Letters: P members, B sequences, T = 3 input positions, M = B * T rows, D width,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subnet_kernels import random_bits
 from subnets.training.gpt2 import GPT2Shape
 
 _EPS = 1e-5  # of every LayerNorm, as in GPT-2
 
 
 class DropoutNoise:
-    """Dropout factors (0 or 1/(1-p)) for one training step; member i draws from its own byte generator alone.
+    """Dropout factors (0 or 1/(1-p)) of one training step by `random_bits`: equal on every device, the same alone and
+    in company.
 
-    Each decision uses 16 random bits, so p is rounded to a multiple of 2^-16.
+    `seeds` int64 [P] is one seed per member, `step` int64 0-d the count of steps; both are read on their device. Each
+    decision uses 16 random bits, so p is rounded to a multiple of 2^-16. What a sequence draws depends on its place in
+    the batch, not on how many there are.
     """
 
-    def __init__(self, generators: Sequence[np.random.Generator], p: float) -> None:
-        self.generators = generators
+    def __init__(self, seeds: Tensor, step: Tensor, p: float) -> None:
+        self.seeds, self.step = seeds, step
         self.threshold = round(p * 65536) - 32768
         self.scale = 1.0 / (1.0 - p)
 
-    def factors(self, counts: Sequence[int]) -> list[Tensor]:
-        """One fp32 [P, count] tensor of factors for each count."""
-        total = sum(counts)
-        bits = np.stack([np.frombuffer(g.bytes(2 * total), dtype=np.int16) for g in self.generators])
-        keep = torch.from_numpy(bits) >= self.threshold
-        return [part.to(torch.float32).mul_(self.scale) for part in keep.split(list(counts), dim=1)]
+    def factors(self, batch: int, counts: Sequence[int]) -> list[Tensor]:
+        """One fp32 [P, batch, count] tensor of factors for each count (elements of one sequence)."""
+        bits = random_bits(self.seeds, self.step, (batch, sum(counts)), num_samples=len(self.seeds))
+        keep = bits.view(torch.int16) >= self.threshold  # uniform, read with a sign too; uint16 has no comparison
+        return [part.to(torch.float32).mul_(self.scale) for part in keep.split(list(counts), dim=2)]
 
 
 @dataclass
@@ -94,47 +97,85 @@ def _mix(weights: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-_GELU = torch.tensor(2.0 * math.sqrt(2.0 / math.pi))
+_GELU = 2.0 * math.sqrt(2.0 / math.pi)
 
 
 def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """The gate g = sigmoid(c (x + 0.044715 x^3)), c = 2 sqrt(2/pi), and gelu_new(x) = x g; 0.6x the time of F.gelu."""
-    gate = torch.addcmul(_GELU, x, x, value=0.044715 * _GELU.item()).mul_(x).sigmoid_()
+    gate = torch.addcmul(x.new_full((), _GELU), x, x, value=0.044715 * _GELU).mul_(x).sigmoid_()
     return gate, x * gate
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """grad * d gelu_new/dx = grad * g (1 + x (1 - g) c (1 + 3 * 0.044715 x^2))."""
-    slope = torch.addcmul(_GELU, x, x, value=3 * 0.044715 * _GELU.item()).mul_(x)
+    slope = torch.addcmul(x.new_full((), _GELU), x, x, value=3 * 0.044715 * _GELU).mul_(x)
     return slope.addcmul_(slope, gate, value=-1).add_(1.0).mul_(gate).mul_(grad)
 
 
 class StackedGPT2:
-    """P networks of one shape; `params[name]` is fp32 [P, ...] under the names of `LeanGPT2`, `grads` likewise."""
+    """P networks of one shape; `params[name]` is fp32 [P, ...] (fp64 for states in fp64) under the names of `LeanGPT2`,
+    `grads` likewise.
 
-    def __init__(self, shape: GPT2Shape, states: Sequence[dict[str, Tensor]]) -> None:
+    Args:
+        shape: of every network.
+        states: one state dict for each.
+        device: where they live; None: where the first state is.
+    """
+
+    def __init__(
+        self, shape: GPT2Shape, states: Sequence[dict[str, Tensor]], *, device: torch.device | str | None = None
+    ) -> None:
         if not states:
             raise ValueError("StackedGPT2: states must hold at least one state dict, got none")
         self.shape = shape
-        self.params = {name: torch.stack([state[name].float() for state in states]) for name in states[0]}
+        stacked = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
+        self.params = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in stacked.items()}
         self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
-        self.members = len(states)
+
+    @property
+    def members(self) -> int:
+        """How many networks there are: P."""
+        return len(self.params["wte.weight"])
 
     def state(self, member: int) -> dict[str, Tensor]:
-        """A copy of one member's parameters, fit for `LeanGPT2.load_state_dict`."""
-        return {name: value[member].clone() for name, value in self.params.items()}
+        """A copy of one member's parameters on the CPU, fit for `LeanGPT2.load_state_dict`."""
+        return {name: value[member].to("cpu", copy=True) for name, value in self.params.items()}
+
+    def like(self, params: dict[str, Tensor]) -> StackedGPT2:
+        """A stack of other parameters [P', ...], which are not copied; it has no gradients."""
+        other = copy.copy(self)
+        other.params, other.grads = params, {}
+        return other
+
+    def keep(self, members: Tensor) -> None:
+        """Keeps these members (int64 indices) in this order, in new memory; the others leave."""
+        self.params = {name: value[members] for name, value in self.params.items()}
+        self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
 
     @torch.no_grad()
-    def loss_and_grads(self, sequences: Tensor, noise: DropoutNoise | None = None) -> Tensor:
-        """Language-model loss [P] of sequences int64 [P, B, 4]; fills `grads` with each member's own gradient."""
+    def loss_and_grads(
+        self, sequences: Tensor, noise: DropoutNoise | None = None, live: Tensor | None = None
+    ) -> Tensor:
+        """Language-model loss [P] of sequences int64 [P, B, 4]; fills `grads` with each member's own gradient.
+
+        `live` (bool [P, B]) says which sequences count; a member's loss is the mean over those, None: over all.
+        """
         inputs, targets = sequences[..., :-1], sequences[..., 1:].flatten(1)
         tape = self._forward(inputs, noise)
         assert tape.normed_f is not None
         logits = torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2))
         probabilities = torch.softmax(logits, dim=-1)
         right = probabilities.gather(-1, targets[..., None])
-        losses = -right.clamp_min(1e-45).log_().mean(dim=(1, 2))
-        grad_logits = probabilities.scatter_(-1, targets[..., None], right - 1.0).div_(targets.shape[1])
+        grad_logits = probabilities.scatter_(-1, targets[..., None], right - 1.0)
+        losses = -right.clamp_min(1e-45).log_()[..., 0]
+        if live is None:
+            losses = losses.mean(1)
+            grad_logits.div_(targets.shape[1])
+        else:
+            shares = live.to(losses.dtype) / (live.sum(1, keepdim=True) * inputs.shape[2])
+            shares = shares.repeat_interleave(inputs.shape[2], 1)
+            losses = losses.mul_(shares).sum(1)
+            grad_logits.mul_(shares[..., None])
         self._backward(tape, grad_logits)
         return losses
 
@@ -145,12 +186,16 @@ class StackedGPT2:
         assert tape.normed_f is not None
         return torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2)).argmax(-1)
 
+    def right(self, sequences: Tensor) -> Tensor:
+        """Which of sequences [P, B, 4] are answered right: bool [P, B]."""
+        return self.answers(sequences) == sequences[..., -1]
+
     # ------------------------------------------------------------------ forward
 
     def _forward(self, tokens: Tensor, noise: DropoutNoise | None, answers_only: bool = False) -> _Tape:
         shape, params = self.shape, self.params
         members, batch, length = tokens.shape
-        offset = torch.arange(members).view(-1, 1, 1) * shape.vocabulary
+        offset = torch.arange(members, device=tokens.device).view(-1, 1, 1) * shape.vocabulary
         tape = _Tape((tokens + offset).flatten())
         x = F.embedding(tape.tokens, params["wte.weight"].flatten(0, 1)).view(members, batch, length, shape.width)
         x = x.add_(params["wpe.weight"][:, None, :length]).flatten(1, 2)
@@ -171,8 +216,8 @@ class StackedGPT2:
         if noise is None:
             return None
         shape = self.shape
-        rows, pairs = batch * length * shape.width, batch * shape.heads * length * length
-        flat = noise.factors([rows] + [pairs, rows, rows] * shape.layers)
+        rows, pairs = length * shape.width, shape.heads * length * length
+        flat = noise.factors(batch, [rows] + [pairs, rows, rows] * shape.layers)
         for i, part in enumerate(flat):
             if i % 3 == 1:
                 flat[i] = part.reshape(-1, length, length)
@@ -200,7 +245,7 @@ class StackedGPT2:
         qkv = self._linear(f"h.{i}.attn.c_attn", normed_1)
         qkv = qkv.view(members * batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         qkv = qkv.reshape(3, -1, length, width // heads)
-        causal = torch.full((length, length), -math.inf).triu_(1)
+        causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu_(1)
         scores = torch.baddbmm(causal, qkv[0], qkv[1].transpose(1, 2), alpha=1.0 / math.sqrt(width // heads))
         probabilities = torch.softmax(scores, dim=-1)
         dropped = probabilities if drops is None else probabilities * drops[0]
@@ -278,7 +323,7 @@ class StackedGPT2:
         if tape.drop_attention is not None:
             grad_scores = grad_scores.mul_(tape.drop_attention)
         grad_scores = torch._softmax_backward_data(  # pyright: ignore
-            grad_scores, tape.probabilities, -1, torch.float32
+            grad_scores, tape.probabilities, -1, grad.dtype
         )
         grad_scores = grad_scores.mul_(1.0 / math.sqrt(width // heads))
         _mix(grad_scores, k, out=grad_qkv[0])
