@@ -54,7 +54,8 @@ def random_bits(
         seed: an int, or an int64 tensor whose values are read on their device (so that a captured CUDA graph can draw
             anew at each replay); 0-d for all samples, or ``[num_samples]``, one for each: sample i is then what
             ``seed[i]`` alone gives; taken mod 2^64.
-        offset: an int or a 0-d int64 tensor, likewise; what tells calls with one seed apart, such as a count of steps; taken mod 2^32.
+        offset: an int or a 0-d int64 tensor, likewise; what tells calls with one seed apart, such as a count of steps;
+            taken mod 2^32.
         shape: of one mask: the first dimension is the row, all others together, in C order, are the column. A shape
             with one dimension or none is one row.
         num_samples: masks that are drawn; sample i does not depend on how many they are.
