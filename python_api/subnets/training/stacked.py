@@ -83,6 +83,7 @@ class _Tape:
     """What the whole pass keeps for backward."""
 
     tokens: Tensor
+    dtype: torch.dtype  # of all but what goes in and out of products
     blocks: list[_BlockTape] = field(default_factory=list)
     drop_embedding: Tensor | None = None
     norm_f: _Norm | None = None
@@ -95,6 +96,11 @@ def _mix(weights: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
     for j in range(1, values.shape[1]):
         out.addcmul_(weights[:, :, j : j + 1], values[:, j : j + 1])
     return out
+
+
+def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype and without gaps, in one copy at most."""
+    return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
 
 
 _GELU = 2.0 * math.sqrt(2.0 / math.pi)
@@ -122,6 +128,8 @@ class StackedGPT2:
         device: where they live; None: where the first state is.
     """
 
+    trains_embeddings = True
+
     def __init__(
         self, shape: GPT2Shape, states: Sequence[dict[str, Tensor]], *, device: torch.device | str | None = None
     ) -> None:
@@ -129,7 +137,7 @@ class StackedGPT2:
             raise ValueError("StackedGPT2: states must hold at least one state dict, got none")
         self.shape = shape
         stacked = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
-        self.params = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in stacked.items()}
+        self.params = {n: value.to(torch.promote_types(value.dtype, torch.float32)) for n, value in stacked.items()}
         self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
 
     @property
@@ -162,9 +170,7 @@ class StackedGPT2:
         """
         inputs, targets = sequences[..., :-1], sequences[..., 1:].flatten(1)
         tape = self._forward(inputs, noise)
-        assert tape.normed_f is not None
-        logits = torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2))
-        probabilities = torch.softmax(logits, dim=-1)
+        probabilities = torch.softmax(self._logits(tape), dim=-1, dtype=tape.dtype)
         right = probabilities.gather(-1, targets[..., None])
         grad_logits = probabilities.scatter_(-1, targets[..., None], right - 1.0)
         losses = -right.clamp_min(1e-45).log_()[..., 0]
@@ -182,9 +188,7 @@ class StackedGPT2:
     @torch.no_grad()
     def answers(self, sequences: Tensor) -> Tensor:
         """The argmax over the vocabulary at the separator, int64 [P, B], without dropout."""
-        tape = self._forward(sequences[..., :-1], None, answers_only=True)
-        assert tape.normed_f is not None
-        return torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2)).argmax(-1)
+        return self._logits(self._forward(sequences[..., :-1], None, answers_only=True)).argmax(-1)
 
     def right(self, sequences: Tensor) -> Tensor:
         """Which of sequences [P, B, 4] are answered right: bool [P, B]."""
@@ -193,12 +197,9 @@ class StackedGPT2:
     # ------------------------------------------------------------------ forward
 
     def _forward(self, tokens: Tensor, noise: DropoutNoise | None, answers_only: bool = False) -> _Tape:
-        shape, params = self.shape, self.params
-        members, batch, length = tokens.shape
-        offset = torch.arange(members, device=tokens.device).view(-1, 1, 1) * shape.vocabulary
-        tape = _Tape((tokens + offset).flatten())
-        x = F.embedding(tape.tokens, params["wte.weight"].flatten(0, 1)).view(members, batch, length, shape.width)
-        x = x.add_(params["wpe.weight"][:, None, :length]).flatten(1, 2)
+        shape = self.shape
+        _, batch, length = tokens.shape
+        x, tape = self._embed(tokens)
         drops = self._drops(noise, batch, length)
         if drops is not None:
             tape.drop_embedding = drops[0]
@@ -210,6 +211,19 @@ class StackedGPT2:
                 tape.blocks.append(block)
         tape.normed_f, tape.norm_f = self._norm("ln_f", x)
         return tape
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, _Tape]:
+        """Embeddings of tokens [P, B, T] as [P, M, D]."""
+        members, batch, length = tokens.shape
+        embeddings, width = self.params["wte.weight"], self.shape.width
+        offset = torch.arange(members, device=tokens.device).view(-1, 1, 1) * self.shape.vocabulary
+        tape = _Tape((tokens + offset).flatten(), embeddings.dtype)
+        x = F.embedding(tape.tokens, embeddings.flatten(0, 1)).view(members, batch, length, width)
+        return x.add_(self.params["wpe.weight"][:, None, :length]).flatten(1, 2), tape
+
+    def _logits(self, tape: _Tape) -> Tensor:
+        assert tape.normed_f is not None
+        return torch.bmm(tape.normed_f, self._weight("wte.weight").transpose(1, 2))
 
     def _drops(self, noise: DropoutNoise | None, batch: int, length: int) -> list[Tensor] | None:
         """Factors for the embedding, then per block for attention, its output and the MLP's output."""
@@ -225,13 +239,17 @@ class StackedGPT2:
                 flat[i] = part.view(self.members, batch * length, shape.width)
         return flat
 
+    def _weight(self, name: str) -> Tensor:
+        """A parameter as the products take it."""
+        return self.params[name]
+
     def _norm(self, name: str, x: Tensor) -> tuple[Tensor, _Norm]:
         normalised, mean, rstd = torch.native_layer_norm(x, (self.shape.width,), None, None, _EPS)
         weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
         return torch.addcmul(bias[:, None], normalised, weight[:, None]), _Norm(x, normalised, mean, rstd)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     def _block(
@@ -244,21 +262,22 @@ class StackedGPT2:
         normed_1, norm_1 = self._norm(f"h.{i}.ln_1", x)
         qkv = self._linear(f"h.{i}.attn.c_attn", normed_1)
         qkv = qkv.view(members * batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        qkv = qkv.reshape(3, -1, length, width // heads)
+        qkv = _packed(qkv, x.dtype).view(3, -1, length, width // heads)
         causal = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu_(1)
         scores = torch.baddbmm(causal, qkv[0], qkv[1].transpose(1, 2), alpha=1.0 / math.sqrt(width // heads))
         probabilities = torch.softmax(scores, dim=-1)
         dropped = probabilities if drops is None else probabilities * drops[0]
         mixed = _mix(dropped, qkv[2]).view(members * batch, heads, length, -1).transpose(1, 2)
-        mixed = mixed.reshape(members, rows, width)
+        mixed = _packed(mixed, normed_1.dtype).view(members, rows, width)
         if last_only:
             mixed, x = (part.view(members, batch, length, width)[:, :, -1] for part in (mixed, x))
-        residual = self._linear(f"h.{i}.attn.c_proj", mixed)
+        residual = self._linear(f"h.{i}.attn.c_proj", mixed).to(x.dtype)
         x = residual.add_(x) if drops is None else torch.addcmul(x, residual, drops[1])
         normed_2, norm_2 = self._norm(f"h.{i}.ln_2", x)
-        hidden = self._linear(f"h.{i}.mlp.c_fc", normed_2)
+        hidden = self._linear(f"h.{i}.mlp.c_fc", normed_2).to(x.dtype)
         gate, activated = _gelu(hidden)
-        residual = self._linear(f"h.{i}.mlp.c_proj", activated)
+        activated = activated.to(normed_2.dtype)
+        residual = self._linear(f"h.{i}.mlp.c_proj", activated).to(x.dtype)
         x = residual.add_(x) if drops is None else torch.addcmul(x, residual, drops[2])
         tape = _BlockTape(
             norm_1, normed_1, qkv, probabilities, dropped, mixed, norm_2, normed_2, hidden, gate, activated
@@ -270,20 +289,27 @@ class StackedGPT2:
     # ----------------------------------------------------------------- backward
 
     def _backward(self, tape: _Tape, grad_logits: Tensor) -> None:
-        shape, grads = self.shape, self.grads
-        assert tape.normed_f is not None and tape.norm_f is not None
-        torch.bmm(grad_logits.transpose(1, 2), tape.normed_f, out=grads["wte.weight"])
-        grad = torch.bmm(grad_logits, self.params["wte.weight"])
-        grad = self._norm_backward("ln_f", grad, tape.norm_f)
+        shape = self.shape
+        assert tape.norm_f is not None
+        grad = self._norm_backward("ln_f", self._head_backward(tape, grad_logits), tape.norm_f)
         batch = tape.tokens.numel() // (self.members * (shape.context - 1))
         for i in reversed(range(shape.layers)):
             grad = self._block_backward(i, grad, tape.blocks[i], batch)
+        self._embedding_backward(tape, grad, batch)
+
+    def _head_backward(self, tape: _Tape, grad_logits: Tensor) -> Tensor:
+        assert tape.normed_f is not None
+        torch.bmm(grad_logits.transpose(1, 2), tape.normed_f, out=self.grads["wte.weight"])
+        return torch.bmm(grad_logits, self._weight("wte.weight"))
+
+    def _embedding_backward(self, tape: _Tape, grad: Tensor, batch: int) -> None:
+        grads, width = self.grads, self.shape.width
         if tape.drop_embedding is not None:
             grad = grad.mul_(tape.drop_embedding)
-        by_position = grad.view(self.members, batch, -1, shape.width).sum(1)
+        by_position = grad.view(self.members, batch, -1, width).sum(1)
         grads["wpe.weight"].zero_()
         grads["wpe.weight"][:, : by_position.shape[1]] = by_position
-        grads["wte.weight"].flatten(0, 1).index_add_(0, tape.tokens, grad.view(-1, shape.width))
+        grads["wte.weight"].flatten(0, 1).index_add_(0, tape.tokens, grad.view(-1, width))
 
     def _norm_backward(self, name: str, grad: Tensor, norm: _Norm) -> Tensor:
         torch.sum(grad, 1, out=self.grads[f"{name}.bias"])
@@ -293,10 +319,14 @@ class StackedGPT2:
             grad, norm.x, (self.shape.width,), norm.mean, norm.rstd, None, None, (True, False, False)
         )[0]
 
-    def _linear_backward(self, name: str, grad: Tensor, x: Tensor) -> Tensor:
+    def _linear_grads(self, name: str, grad: Tensor, x: Tensor) -> None:
         torch.sum(grad, 1, out=self.grads[f"{name}.bias"])
         torch.bmm(grad.transpose(1, 2), x, out=self.grads[f"{name}.weight"])
-        return torch.bmm(grad, self.params[f"{name}.weight"])
+
+    def _linear_backward(self, name: str, grad: Tensor, x: Tensor) -> Tensor:
+        """Fills the gradients of weight and bias; the gradient of x."""
+        self._linear_grads(name, grad, x)
+        return torch.bmm(grad, self._weight(f"{name}.weight"))
 
     def _block_backward(self, i: int, grad: Tensor, tape: _BlockTape, batch: int) -> Tensor:
         inner = grad if tape.drop_mlp is None else grad * tape.drop_mlp
@@ -307,6 +337,9 @@ class StackedGPT2:
         inner = grad if tape.drop_residual is None else grad * tape.drop_residual
         inner = self._linear_backward(f"h.{i}.attn.c_proj", inner, tape.mixed)
         inner = self._attention_backward(inner, tape, batch)
+        if i == 0 and not self.trains_embeddings:
+            self._linear_grads(f"h.{i}.attn.c_attn", inner, tape.normed_1)
+            return grad  # nobody wants the gradient of the first block's input
         inner = self._linear_backward(f"h.{i}.attn.c_attn", inner, tape.normed_1)
         return self._norm_backward(f"h.{i}.ln_1", inner, tape.norm_1).add_(grad)
 
@@ -316,17 +349,18 @@ class StackedGPT2:
         members, rows, _ = grad.shape
         length = rows // batch
         q, k, v = tape.qkv
-        grad = grad.view(members * batch, length, heads, -1).transpose(1, 2).reshape(-1, length, width // heads)
+        grad = grad.view(members * batch, length, heads, -1).transpose(1, 2)
+        grad = _packed(grad, q.dtype).view(-1, length, width // heads)
         grad_qkv = torch.empty_like(tape.qkv)
         _mix(tape.dropped.transpose(1, 2), grad, out=grad_qkv[2])
         grad_scores = torch.bmm(grad, v.transpose(1, 2))
         if tape.drop_attention is not None:
             grad_scores = grad_scores.mul_(tape.drop_attention)
         grad_scores = torch._softmax_backward_data(  # pyright: ignore
-            grad_scores, tape.probabilities, -1, grad.dtype
+            grad_scores, tape.probabilities, -1, q.dtype
         )
         grad_scores = grad_scores.mul_(1.0 / math.sqrt(width // heads))
         _mix(grad_scores, k, out=grad_qkv[0])
         _mix(grad_scores.transpose(1, 2), q, out=grad_qkv[1])
         grad_qkv = grad_qkv.view(3, members * batch, heads, length, -1).permute(1, 3, 0, 2, 4)
-        return grad_qkv.reshape(members, rows, 3 * width)
+        return _packed(grad_qkv, tape.normed_1.dtype).view(members, rows, 3 * width)
