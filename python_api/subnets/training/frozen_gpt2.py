@@ -122,8 +122,8 @@ class FrozenGPT2(StackedGPT2):
         assert tape.normed_f is not None
         return F.linear(tape.normed_f, self.low["wte.weight"])
 
-    def _head_backward(self, tape: _Tape, grad_logits: Tensor) -> Tensor:
-        return grad_logits.to(self.dtype) @ self.low["wte.weight"]
+    def _head_backward(self, tape: _Tape, grad_logits: Tensor, shares: Tensor) -> Tensor:
+        return (grad_logits.to(self.dtype) @ self.low["wte.weight"]) * shares
 
     def _embedding_backward(self, tape: _Tape, grad: Tensor, batch: int) -> None:
         return

@@ -173,17 +173,14 @@ class StackedGPT2:
         probabilities = torch.softmax(self._logits(tape), dim=-1, dtype=tape.dtype)
         right = probabilities.gather(-1, targets[..., None])
         grad_logits = probabilities.scatter_(-1, targets[..., None], right - 1.0)
-        losses = -right.clamp_min(1e-45).log_()[..., 0]
+        losses = -right.clamp_min(1e-45).log_()
         if live is None:
-            losses = losses.mean(1)
-            grad_logits.div_(targets.shape[1])
+            shares = right.new_full((1, 1, 1), 1.0 / targets.shape[1])
         else:
-            shares = live.to(losses.dtype) / (live.sum(1, keepdim=True) * inputs.shape[2])
-            shares = shares.repeat_interleave(inputs.shape[2], 1)
-            losses = losses.mul_(shares).sum(1)
-            grad_logits.mul_(shares[..., None])
-        self._backward(tape, grad_logits)
-        return losses
+            shares = live.to(right.dtype) / (live.sum(1, keepdim=True) * inputs.shape[2])
+            shares = shares.repeat_interleave(inputs.shape[2], 1)[..., None]
+        self._backward(tape, grad_logits, shares)
+        return losses.mul_(shares).sum((1, 2))
 
     @torch.no_grad()
     def answers(self, sequences: Tensor) -> Tensor:
@@ -223,7 +220,7 @@ class StackedGPT2:
 
     def _logits(self, tape: _Tape) -> Tensor:
         assert tape.normed_f is not None
-        return torch.bmm(tape.normed_f, self._weight("wte.weight").transpose(1, 2))
+        return torch.bmm(tape.normed_f, self.params["wte.weight"].transpose(1, 2))
 
     def _drops(self, noise: DropoutNoise | None, batch: int, length: int) -> list[Tensor] | None:
         """Factors for the embedding, then per block for attention, its output and the MLP's output."""
@@ -239,17 +236,13 @@ class StackedGPT2:
                 flat[i] = part.view(self.members, batch * length, shape.width)
         return flat
 
-    def _weight(self, name: str) -> Tensor:
-        """A parameter as the products take it."""
-        return self.params[name]
-
     def _norm(self, name: str, x: Tensor) -> tuple[Tensor, _Norm]:
         normalised, mean, rstd = torch.native_layer_norm(x, (self.shape.width,), None, None, _EPS)
         weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
         return torch.addcmul(bias[:, None], normalised, weight[:, None]), _Norm(x, normalised, mean, rstd)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     def _block(
@@ -288,19 +281,20 @@ class StackedGPT2:
 
     # ----------------------------------------------------------------- backward
 
-    def _backward(self, tape: _Tape, grad_logits: Tensor) -> None:
+    def _backward(self, tape: _Tape, grad_logits: Tensor, shares: Tensor) -> None:
+        """`grad_logits` [P, M, vocabulary] of each row's own loss; `shares` [P, M, 1] of the rows in the mean."""
         shape = self.shape
         assert tape.norm_f is not None
-        grad = self._norm_backward("ln_f", self._head_backward(tape, grad_logits), tape.norm_f)
+        grad = self._norm_backward("ln_f", self._head_backward(tape, grad_logits, shares), tape.norm_f)
         batch = tape.tokens.numel() // (self.members * (shape.context - 1))
         for i in reversed(range(shape.layers)):
             grad = self._block_backward(i, grad, tape.blocks[i], batch)
         self._embedding_backward(tape, grad, batch)
 
-    def _head_backward(self, tape: _Tape, grad_logits: Tensor) -> Tensor:
+    def _head_backward(self, tape: _Tape, grad_logits: Tensor, shares: Tensor) -> Tensor:
         assert tape.normed_f is not None
-        torch.bmm(grad_logits.transpose(1, 2), tape.normed_f, out=self.grads["wte.weight"])
-        return torch.bmm(grad_logits, self._weight("wte.weight"))
+        torch.bmm(grad_logits.transpose(1, 2), tape.normed_f * shares, out=self.grads["wte.weight"])
+        return torch.bmm(grad_logits, self.params["wte.weight"]) * shares  # rows of width D, not of the vocabulary's
 
     def _embedding_backward(self, tape: _Tape, grad: Tensor, batch: int) -> None:
         grads, width = self.grads, self.shape.width
@@ -326,7 +320,7 @@ class StackedGPT2:
     def _linear_backward(self, name: str, grad: Tensor, x: Tensor) -> Tensor:
         """Fills the gradients of weight and bias; the gradient of x."""
         self._linear_grads(name, grad, x)
-        return torch.bmm(grad, self._weight(f"{name}.weight"))
+        return torch.bmm(grad, self.params[f"{name}.weight"])
 
     def _block_backward(self, i: int, grad: Tensor, tape: _BlockTape, batch: int) -> Tensor:
         inner = grad if tape.drop_mlp is None else grad * tape.drop_mlp
