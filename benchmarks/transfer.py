@@ -1,8 +1,8 @@
 """``python -m benchmarks.transfer --layers 2 --runs 16``: transfer runs of the arithmetic experiment side by side.
 
-Three ways to train the same networks (batch 50, dropout, AdamW), taking turns: one at a time in eager PyTorch
-(LeanGPT2, fused AdamW, nothing planted), one at a time as a stack of one, and all in one stack (half of them planted). Steps per
-second and run, the ratios (median over the rounds of the time per run) and the peak of a step's memory. Before the clock
+Three ways to train the same networks (batch 50, dropout, AdamW), taking turns: one at a time in eager PyTorch (fused
+AdamW, nothing planted), one at a time as a stack of one, and all in one stack (half of them planted). Steps per second
+and run, the ratios (median over the rounds of the time per run) and the peak of a step's memory. Before the clock
 starts, the losses of all three are compared at the first steps, without dropout.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from subnets.training.gpt2 import GPT2Shape, LeanGPT2, lm_loss
 from subnets.training.member_training import Member, MemberResult, Recipe, StackTrainer, train_stack
 from subnets.training.seeds import seed_for, torch_generator
 from subnets.training.stacked import DropoutNoise, StackedGPT2
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SHAPE = GPT2Shape(layers=2, width=32, heads=4, dropout=0.0)
 DROPPING = GPT2Shape(layers=2, width=32, heads=4, dropout=0.1)
@@ -285,3 +288,44 @@ def test_seeds_depend_on_every_part_and_its_type_and_on_nothing_else() -> None:
     assert len({seed_for(1, 23), seed_for(12, 3), seed_for("1", 23), seed_for(1, 23, 0)}) == 4
     with pytest.raises(TypeError, match=r"parts must be int or str, got 0.5"):
         seed_for(0.5)  # type: ignore[arg-type]
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Refuses operations that wait for the device, and tensors that lie elsewhere."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        for value in tree_leaves((args, kwargs, made)):
+            assert not isinstance(value, torch.Tensor) or value.device.type == "meta", (func, value.device)
+        return made
+
+
+class NoOptimizer:
+    """Stands in for AdamW, which has no fused step on the meta device."""
+
+    def __init__(self, params: list[torch.Tensor], **settings: Any) -> None:
+        assert all(value.grad is not None and value.grad.device == value.device for value in params)
+        assert settings["lr"].device.type == "meta" and settings["fused"]
+        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+
+    def step(self) -> None:
+        """Does nothing."""
+
+
+def test_a_step_stays_on_its_device_and_never_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph can hold: shown on the meta device, where nothing can be read. Also after members have left."""
+    monkeypatch.setattr(torch.optim, "AdamW", NoOptimizer)
+    members = [member(0), member(1, frozen=True, rows=95), member(2, frozen=True)]
+    trainer = StackTrainer(DROPPING, members, dataclasses.replace(RECIPE, clip=1.0), device="meta")
+    with OnOneDevice():
+        trainer.step.eager(50)
+    trainer.step.keep(torch.tensor([0, 2]))
+    with OnOneDevice():
+        trainer.step.eager(50)
+    for name, value in trainer.step.tensors().items():
+        assert value.device.type == "meta", name
+    with OnOneDevice(), pytest.raises(AssertionError, match="cpu"):
+        torch.zeros(3).add_(1)
