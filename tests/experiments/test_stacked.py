@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +331,46 @@ def test_a_step_stays_on_its_device_and_never_waits_for_it(monkeypatch: pytest.M
         assert value.device.type == "meta", name
     with OnOneDevice(), pytest.raises(AssertionError, match="cpu"):
         torch.zeros(3).add_(1)
+
+
+class HostGraph:
+    """Stands in for a CUDA graph: what is captured does not run, a replay runs it."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def replay(self) -> None:
+        """The captured step."""
+        self.num_replays += 1
+        assert self.step is not None and self.members == self.step.net.members  # a graph of another stack is stale
+        self.step.eager(self.step.batch)
+
+
+def test_graphs_are_captured_anew_when_members_leave_and_give_the_numbers_of_single_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = [member(0), member(1, frozen=True, rows=95), member(2, frozen=True)]
+    trainer = StackTrainer(DROPPING, members, RECIPE)
+    graphs = []
+
+    @contextlib.contextmanager
+    def capture(graph: Any) -> Iterator[None]:
+        before = {name: value.clone() for name, value in trainer.step.tensors().items()}
+        yield
+        trainer.step.load(before)
+        graph.step, graph.members = trainer.step, trainer.net.members
+        graphs.append(graph)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", HostGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    trainer.step.device = torch.device("cuda")
+    results = trainer.run()
+    assert [graph.members for graph in graphs] == [3, 2]
+    assert [graph.num_replays for graph in graphs] == [5, 8]  # 6 and 9 steps, the first of each before the capture
+    for ours, theirs in zip(results, train_stack(DROPPING, members, RECIPE), strict=True):
+        assert ours.best_epoch == theirs.best_epoch
+        for a, b in zip(ours.curve, theirs.curve, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=5e-6)
+        for name, value in theirs.state.items():
+            torch.testing.assert_close(ours.state[name], value, rtol=0, atol=2e-4)

@@ -194,7 +194,7 @@ class StackStep:
         for name, value in self.net.params.items():
             value.copy_(tensors[f"param.{name}"])
             self.optimizer.state[value] = {
-                key: tensors[f"{key}.{name}"].to(self.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{key}.{name}"].to(value.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
             }
         for name in ("count", "totals", "losses"):
             getattr(self, name).copy_(tensors[name])
