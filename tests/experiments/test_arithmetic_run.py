@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,17 @@ import subnets
 import torch
 from subnets.cli import main
 from subnets.experiments.arithmetic.config import CONDITIONS, ArithmeticConfig, make_config
-from subnets.experiments.arithmetic.run import run
-from subnets.experiments.arithmetic.stages import transfer_stacks
+from subnets.experiments.arithmetic.run import report, run
 from subnets.subnet import Subnet
 from subnets.training import files
 from subnets.training.files import load_tensors, read_csv
+from subnets.training.member_training import StackTrainer
 
 TINY = {
     "layers": "1", "width": "16", "heads": "2", "base_pairs": "300", "base_epochs": "3", "discovery_pairs": "300",
     "discovery_epochs": "4", "discovery_batch": "50", "transfer_epochs": "3", "sizes": "10,20", "transfer_seeds": "2",
     "num_ambiguous": "60", "num_held_out": "50", "discovery_lr": "0.2", "beta_end": "5", "stack": "9",
+    "base_seeds": "1", "conditions": ",".join(CONDITIONS),
 }  # fmt: skip
 NUMBERS = ("results.csv", "metrics.csv")
 
@@ -69,7 +72,8 @@ def test_inherit_none_runs_to_the_report_and_trains_other_networks_from_the_same
     curves = {
         folder: {
             (row["condition"], row["n_disambiguation"], row["seed"], row["epoch"]): float(row["loss"])
-            for row in read_csv(folder / "metrics.csv") if row["stage"] == "transfer"
+            for row in read_csv(folder / "metrics.csv")
+            if row["stage"] == "transfer"
         }
         for folder in (tmp_path / "none", finished)
     }
@@ -123,6 +127,95 @@ def test_a_run_broken_off_before_any_write_goes_on_to_the_same_numbers(
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
 
 
+REPLICATES = {
+    "layers": "2,4", "base_seeds": "2", "transfer_seeds_at": "2", "sizes": "10,16",
+    "conditions": "subnet,random_init,sampled",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "replicated"
+    run(tiny(**REPLICATES), folder)
+    return folder
+
+
+def test_replicates_have_a_base_network_a_mask_and_a_transfer_seed_each_and_the_report_shows_both_kinds_of_bars(
+    replicated: Path,
+) -> None:
+    rows = read_csv(replicated / "results.csv")
+    pairs = {(row["layers"], row["base_seed"], row["seed"]) for row in rows}
+    assert pairs == {("2", "0", "0"), ("2", "0", "1"), ("2", "1", "1"), ("4", "0", "0"), ("4", "1", "1")}
+    assert len(rows) == 5 * 2 * 3
+    facts = {(row["base_seed"], row["subnet_density"]) for row in rows if row["layers"] == "2"}
+    assert len(facts) == 2 and len({density for _, density in facts}) == 2
+    weights = [load_tensors(replicated / "layers2" / f"base{r}" / "base.safetensors")[0]["wte.weight"] for r in (0, 1)]
+    assert (weights[0] == weights[1]).double().mean() < 0.01
+    page = (replicated / "report.html").read_text(encoding="utf-8")
+    assert "mean ± population std over base networks, masks and transfer seeds" in page
+    assert "Hollow squares, a little to the right: the same over transfer seeds, one base network and mask" in page
+    assert (replicated / "figures" / "published.png").stat().st_size > 10_000
+    batches = read_csv(replicated / "batches.csv")
+    assert sum(int(row["runs"]) for row in batches) == len(rows) and all(float(row["seconds"]) > 0 for row in batches)
+    assert int(batches[0]["member_steps"]) == 3 * 2 * 9  # 3 epochs, 60 + 10 pairs in batches of 50, 9 runs
+
+
+def test_a_run_killed_in_the_middle_of_a_batch_goes_on_to_the_same_numbers(
+    replicated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every start gets three files further, and a checkpoint is written after each epoch."""
+    rename, folder = os.replace, tmp_path / "broken"
+    init = StackTrainer.__init__
+    monkeypatch.setattr(StackTrainer, "__init__", partialmethod(init, checkpoint_seconds=0.0))
+    died_within_a_batch = 0
+    for _ in range(100):
+        left = [3]
+
+        def dying(source: str, target: str, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            rename(source, target)
+
+        monkeypatch.setattr(files.os, "replace", dying)
+        try:
+            run(tiny(**REPLICATES), folder)
+        except KeyboardInterrupt:
+            died_within_a_batch += any(folder.rglob("transfer*.checkpoint.safetensors"))
+        monkeypatch.setattr(files.os, "replace", rename)
+        if len(list(folder.rglob("transfer*.json"))) == 4:
+            break
+    run(tiny(**REPLICATES), folder)
+    assert died_within_a_batch >= 2
+    for name in NUMBERS:
+        assert (folder / name).read_bytes() == (replicated / name).read_bytes()
+
+
+def test_a_run_that_is_not_finished_is_reported_as_far_as_it_came(replicated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "partial"
+    shutil.copytree(replicated, folder)
+    for name in ("layers4/base1/discovery.json", "layers4/transfer_000_n10.json", "layers4/transfer_001_n16.json"):
+        (folder / name).unlink()
+    (folder / "layers2" / "transfer_001_n16.json").unlink()
+    text = report(folder)
+    assert (
+        "NOT FINISHED, 2 layers: 2 of 2 base networks there; 2 of 2 subnets there; 9 of 18 transfer runs there; "
+        "missing: all of n = 16." in text
+    )
+    assert (
+        "NOT FINISHED, 4 layers: 2 of 2 base networks there; 1 of 2 subnets there; 0 of 12 transfer runs there; "
+        "missing: all of n = 10, n = 16." in text
+    )
+    rows = read_csv(folder / "results.csv")
+    assert len(rows) == 9 and {(row["layers"], row["n_disambiguation"]) for row in rows} == {("2", "10")}
+    assert "extrapolated" in text and "NOT FINISHED" in (folder / "report.html").read_text(encoding="utf-8")
+    shutil.rmtree(folder / "layers2")
+    shutil.rmtree(folder / "layers4")
+    nothing = report(folder)
+    assert nothing.count("0 of 2 base networks there") == 2 and nothing.startswith("2 layers: nothing to judge yet.")
+    assert "NOT FINISHED" not in (replicated / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_a_killed_process_started_again_ends_in_the_same_numbers(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
@@ -170,14 +263,6 @@ def test_a_damaged_stage_file_is_named(tmp_path: Path, finished: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"base.safetensors must be a readable safetensors file, .* delete it to redo"):
         run(tiny(), folder)
-
-
-def test_every_run_is_in_exactly_one_stack_and_stacks_have_one_n() -> None:
-    config = tiny(sizes="10,20,40", transfer_seeds="5", stack="12")
-    stacks = transfer_stacks(config)
-    runs = [one for stack in stacks for one in stack]
-    assert len(set(runs)) == len(runs) == 8 * 3 * 5
-    assert all(len(stack) <= 12 and len({one.num_disambiguation for one in stack}) == 1 for stack in stacks)
 
 
 def test_the_command_reports_a_finished_run_and_refuses_mistakes_in_one_line(finished: Path, capsys) -> None:

@@ -63,6 +63,32 @@ def data_reduction(
     return max(theirs, 1.0) / max(ours, 1.0), True
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far one curve lies from another over the sample counts that both have."""
+
+    absolute: float  # mean of |curve - other|
+    signed: float  # mean of curve - other
+    count: int
+
+    @classmethod
+    def between(cls, curve: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+        """None where the curves have no sample count in common."""
+        gaps = [curve[samples] - other[samples] for samples in curve if samples in other]
+        if not gaps:
+            return None
+        return cls(statistics.fmean(abs(gap) for gap in gaps), statistics.fmean(gaps), len(gaps))
+
+    def __str__(self) -> str:
+        return f"{self.absolute:.3f} ({self.signed:+.3f}, {self.count})"
+
+
+def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean of several curves at the sample counts that all of them have."""
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    return {samples: statistics.fmean(curve[samples] for curve in curves) for samples in sorted(common)}
+
+
 def format_samples(samples: float | None) -> str:
     """`samples` without decimals, or "not reached"."""
     return "not reached" if samples is None else f"{samples:,.0f}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from subnets.experiments.arithmetic.data import DISAMBIGUATION_SIZES
 from subnets.training.gpt2 import GPT2Shape
+from subnets.training.seeds import seed_for
 
 CONDITIONS = (
     "subnet",
@@ -21,6 +22,9 @@ CONDITIONS = (
     "sampled_as_published",
     "sampled_complement_as_published",
 )
+# Seven: the five curves that the paper shows per depth, the trainable subnet of its appendix, and the control that
+# "sampled" was meant to be. Left out: `sampled_complement`, which it does not show and a dense subnet has no room for.
+PUBLISHED_CONDITIONS = tuple(name for name in CONDITIONS if name != "sampled_complement")
 INHERIT = ("unmasked", "none")
 
 
@@ -39,7 +43,11 @@ class ArithmeticConfig:
     inherit: str = _knob("unmasked", "'unmasked': embeddings, norms and biases come from T1; 'none': fresh everywhere")
     conditions: tuple[str, ...] = _knob(CONDITIONS, "which transfer conditions to train")
     sizes: tuple[int, ...] = _knob(DISAMBIGUATION_SIZES, "numbers of disambiguation pairs n")
-    transfer_seeds: int = _knob(5, "transfer runs per condition and n")
+    base_seeds: int = _knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
+    transfer_seeds: int = _knob(5, "transfer runs per condition and n on the first base network and its mask")
+    transfer_seeds_at: tuple[int, ...] | None = _knob(
+        None, "with base_seeds > 1: depths at which the first base has transfer_seeds runs, elsewhere one; None = all"
+    )
 
     width: int = _knob(128, "width of the network")
     heads: int = _knob(4, "attention heads")
@@ -73,12 +81,16 @@ class ArithmeticConfig:
     num_held_out: int = _knob(1000, "pairs in each validation and test set")
 
     subnet_controls: int = _knob(5, "size-matched random subnetworks that the S1 table compares with")
-    stack: int = _knob(12, "most networks trained side by side; changes speed and rounding only")
+    device: str | None = _knob(None, "where all networks are trained, 'cpu' or 'cuda'; None = cuda where there is one")
+    stack: int | None = _knob(
+        None, "most networks trained side by side (changes speed and rounding only); None = by device and its memory"
+    )
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             values = getattr(self, name)
-            if any(value < 1 for value in (values if isinstance(values, tuple) else (values,))):
+            given = () if values is None else values if isinstance(values, tuple) else (values,)
+            if any(value < 1 for value in given):
                 raise ValueError(f"ArithmeticConfig: {name} must be at least 1, got {values}")
         for name in ("layers", "conditions", "sizes"):
             if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
@@ -88,6 +100,8 @@ class ArithmeticConfig:
             raise ValueError(f"ArithmeticConfig: conditions must be among {', '.join(CONDITIONS)}, got {unknown}")
         if self.inherit not in INHERIT:
             raise ValueError(f"ArithmeticConfig: inherit must be 'unmasked' or 'none', got {self.inherit!r}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"ArithmeticConfig: device must be 'cpu', 'cuda' or None, got {self.device!r}")
         if not 0.0 < self.base_stop_at <= 1.0:
             raise ValueError(f"ArithmeticConfig: base_stop_at must be in (0, 1], got {self.base_stop_at}")
         if min(self.sizes) < 0:
@@ -103,6 +117,26 @@ class ArithmeticConfig:
         """The network at one depth; `dropout` other than the config's for the base."""
         rate = self.dropout if dropout is None else dropout
         return GPT2Shape(layers=layers, width=self.width, heads=self.heads, dropout=rate)
+
+    def of_replicate(self, base_seed: int) -> ArithmeticConfig:
+        """The config of one replicate's base network and mask: another seed, from which all their streams derive.
+
+        Replicate 0 has the config's own seed, so that it is the same network however many replicates there are. The
+        others' seeds come from a hash: a run with seed=1 shares nothing with replicate 1 of seed=0.
+        """
+        if base_seed == 0:
+            return self
+        return dataclasses.replace(self, seed=seed_for(self.seed, "replicate", base_seed) % 2**31)
+
+    def seed_pairs(self, layers: int) -> list[tuple[int, int]]:
+        """(base seed, transfer seed) of the runs of one condition and n: (0, s) on the first base, then (r, r).
+
+        Replicates are the pairs (r, r). Transfer seed s names the same T2 data, order, dropout and fresh weights on
+        whichever base, so that (0, s) and (s, s) differ in base network and mask alone.
+        """
+        depths = self.transfer_seeds_at
+        on_first = self.transfer_seeds if self.base_seeds == 1 or depths is None or layers in depths else 1
+        return [(0, s) for s in range(on_first)] + [(r, r) for r in range(1, self.base_seeds)]
 
     def discovery_rate(self, layers: int) -> float:
         """The rate of the scores at one depth."""
@@ -126,7 +160,8 @@ class ArithmeticConfig:
 
 
 _POSITIVE = (
-    "layers", "transfer_seeds", "width", "heads", "base_pairs", "base_epochs", "base_batch", "base_patience",
+    "layers", "base_seeds", "transfer_seeds", "transfer_seeds_at", "width", "heads", "base_pairs", "base_epochs",
+    "base_batch", "base_patience",
     "discovery_pairs", "discovery_epochs", "discovery_batch", "transfer_epochs", "transfer_batch", "num_ambiguous",
     "num_held_out", "subnet_controls", "stack",
 )  # fmt: skip
@@ -164,7 +199,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sizes": (100, 250, 640, 1000),
         "transfer_seeds": 3,
     },
-    "paper": {"layers": (2, 4, 6, 8, 10, 12)},
+    "paper": {
+        "layers": (2, 4, 6, 8, 10, 12),
+        "conditions": PUBLISHED_CONDITIONS,
+        "base_seeds": 5,
+        "transfer_seeds_at": (2, 12),
+    },
 }
 
 
@@ -187,13 +227,13 @@ def make_config(preset: str = "standard", overrides: dict[str, str] | None = Non
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """`text` as the type `hint`: int, float, bool, str, X | None, or tuple[X, ...] written as X,X,X."""
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return tuple(_parse(key, part.strip(), inner) for part in text.split(",") if part.strip())
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if text.lower() == "none":
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_parse(key, part.strip(), inner) for part in text.split(",") if part.strip())
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"make_config: {key} must be true or false, got {text!r}")

@@ -1,10 +1,10 @@
-"""The three stages (base, discovery, transfer). Each returns what its file holds if the file is already there."""
+"""The stages before transfer: base network and discovery. Each returns what its file holds if the file is there."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,10 @@ from tqdm import tqdm
 from subnets.discovery import DiscoveryConfig, discover
 from subnets.evaluation import evaluate_subnet
 from subnets.experiments.arithmetic import data
-from subnets.experiments.arithmetic.conditions import FROZEN, planted_masks, starting_state
 from subnets.experiments.arithmetic.config import ArithmeticConfig
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, save_tensors, write_json
-from subnets.training.gpt2 import LeanGPT2, accuracy, lm_loss
+from subnets.training.gpt2 import GPT2Shape, LeanGPT2, accuracy, lm_loss
 from subnets.training.member_training import Member, MemberResult, Recipe, train_stack
 from subnets.training.seeds import seed_for, torch_generator
 
@@ -30,7 +29,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Depth:
-    """One depth of one run: its config and the folder of its files."""
+    """One base network of one depth: its config (whose seed is this network's) and the folder of its files."""
 
     config: ArithmeticConfig
     layers: int
@@ -44,40 +43,69 @@ class Depth:
         return model.eval()
 
 
-class _Bar:
-    """A progress bar over steps that shows the loss and the last validation accuracy (discovery has its own)."""
+def replicates(config: ArithmeticConfig, layers: int, folder: Path) -> list[Depth]:
+    """The base networks of one depth, whose folder is `folder`: in it where there is one, in base0, base1, ... else."""
+    places = [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
+    return [Depth(config.of_replicate(r), layers, place) for r, place in enumerate(places)]
 
-    def __init__(self, title: str, total: int, show: bool) -> None:
-        self.bar = tqdm(total=total, desc=title, disable=not show, mininterval=0.5, leave=True)
 
-    def __call__(self, values: dict[str, float]) -> None:
+def train(
+    title: str,
+    shape: GPT2Shape,
+    members: Sequence[Member],
+    recipe: Recipe,
+    checkpoint: Path,
+    device: str | None,
+    show: bool,
+) -> tuple[list[MemberResult], float | None]:
+    """`train_stack` with a progress bar over the steps of the longest member; results and seconds.
+
+    Where training went on from a checkpoint, the seconds are those of the steps done now, scaled to all of them; None
+    if there was none left to do.
+    """
+    num_steps = recipe.epochs * max(-(-len(member.train) // recipe.batch) for member in members)
+    bar = tqdm(total=num_steps, desc=title, disable=not show, mininterval=0.5, leave=True)
+    done_now = last = 0
+
+    def report(values: dict[str, float]) -> None:
+        nonlocal done_now, last
+        done_now, last = done_now + 1, int(values["step"])
         shown = {name: f"{values[name]:.3f}" for name in ("loss", "accuracy") if name in values}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(int(values["step"]) - self.bar.n)
+        bar.set_postfix(shown, refresh=False)
+        bar.update(last - bar.n)
 
-    def close(self) -> None:
-        """Leaves the bar where it is."""
-        self.bar.close()
+    started = time.perf_counter()
+    on_device = {} if device in (None, "cpu") else {"device": device}
+    results = train_stack(shape, members, recipe, checkpoint=checkpoint, report=report, **on_device)
+    seconds = time.perf_counter() - started
+    bar.close()
+    return results, round(seconds * last / done_now, 2) if done_now else None
 
 
 # ------------------------------------------------------------------------------- base
 
 
 def base_stage(depth: Depth, show: bool = False) -> State:
-    """The T1 network's state dict, from `base.safetensors` or trained now (`base.json` holds accuracy and curve)."""
-    weights, facts = depth.folder / "base.safetensors", depth.folder / "base.json"
-    if weights.exists() and facts.exists():
-        return load_tensors(weights)[0]
-    config, layers = depth.config, depth.layers
-    started = time.perf_counter()
-    member = Member(
-        {"stage": "base"},
-        {name: value.detach().clone() for name, value in depth.model().state_dict().items()},
-        data.training_set(data.T1, config.base_pairs, config.seed),
-        data.held_out_set(data.T1, "validation", config.seed, config.num_held_out),
-        data.held_out_set(data.T1, "test", config.seed, config.num_held_out),
-        (config.seed, "T1", layers),
-    )
+    """The T1 network's state dict; see `base_stages`."""
+    return base_stages([depth], depth.folder, show)[0]
+
+
+def base_stages(depths: Sequence[Depth], folder: Path, show: bool = False) -> list[State]:
+    """The T1 networks' state dicts, from each one's `base.safetensors` or trained now as members of one stack.
+
+    `base.json` beside it holds accuracy, curve and seconds (the stack's, divided by the number of networks).
+    """
+    files = [(depth.folder / "base.safetensors", depth.folder / "base.json") for depth in depths]
+    if not all(weights.exists() and facts.exists() for weights, facts in files):
+        _train_bases(depths, files, folder / "base.checkpoint.safetensors", show)
+    return [load_tensors(weights)[0] for weights, _ in files]
+
+
+def _train_bases(
+    depths: Sequence[Depth], files: Sequence[tuple[Path, Path]], checkpoint: Path, show: bool = False
+) -> None:
+    """Trains all of them and writes the files that are missing."""
+    config, layers = depths[0].config, depths[0].layers
     recipe = Recipe(
         epochs=config.base_epochs,
         batch=config.base_batch,
@@ -92,22 +120,35 @@ def base_stage(depth: Depth, show: bool = False) -> State:
         patience=config.base_patience,
     )
     shape = config.shape(layers, dropout=config.base_dropout)
-    bar = _Bar(f"T1 base, {layers} layers", recipe.epochs * -(-config.base_pairs // config.base_batch), show)
-    checkpoint = depth.folder / "base.checkpoint.safetensors"
-    result = train_stack(shape, [member], recipe, checkpoint=checkpoint, report=bar)[0]
-    bar.close()
-    save_tensors(weights, result.state)
-    write_json(facts, _facts(result, time.perf_counter() - started))
+    title = f"T1 base, {layers} layers" + (f", {len(depths)} networks" if len(depths) > 1 else "")
+    members = [_base_member(depth) for depth in depths]
+    results, seconds = train(title, shape, members, recipe, checkpoint, config.device, show)
+    each = None if seconds is None else round(seconds / len(depths), 2)
+    for (weights, facts), result in zip(files, results, strict=True):
+        if not (weights.exists() and facts.exists()):
+            save_tensors(weights, result.state)
+            write_json(facts, _facts(result, each))
     checkpoint.unlink(missing_ok=True)
-    return result.state
 
 
-def _facts(result: MemberResult, seconds: float) -> dict[str, Any]:
+def _base_member(depth: Depth) -> Member:
+    config = depth.config
+    return Member(
+        {"stage": "base"},
+        {name: value.detach().clone() for name, value in depth.model().state_dict().items()},
+        data.training_set(data.T1, config.base_pairs, config.seed),
+        data.held_out_set(data.T1, "validation", config.seed, config.num_held_out),
+        data.held_out_set(data.T1, "test", config.seed, config.num_held_out),
+        (config.seed, "T1", depth.layers),
+    )
+
+
+def _facts(result: MemberResult, seconds: float | None) -> dict[str, Any]:
     return {
         "test_accuracy": result.test_accuracy,
         "validation_accuracy": result.validation_accuracy,
         "best_epoch": result.best_epoch,
-        "seconds": round(seconds, 2),
+        "seconds": seconds,
         "curve": result.curve,
     }
 
@@ -125,15 +166,20 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
     model = depth.model(source)
     checkpoint = depth.folder / "discovery.checkpoint.safetensors"
     if show:
-        print(f"discovery of S1, {layers} layers", file=sys.stderr)
+        name = f" ({depth.folder.name})" if config.base_seeds > 1 else ""
+        print(f"discovery of S1, {layers} layers{name}", file=sys.stderr)
+    epochs: list[int] = []  # those of this call: fewer than all where it goes on from a checkpoint
     found = discover(
-        model,
+        model.to(config.device or "cpu"),
         s1_batches(config),
         lm_loss,
         discovery_config(config, layers, checkpoint),
         evaluate=partial(accuracy_on, data.held_out_set(data.S1, "validation", config.seed, config.num_held_out)),
+        callbacks=[lambda row, masks: epochs.append(row["epoch"])],
         progress=show,
     )
+    seconds = (time.perf_counter() - started) * config.discovery_epochs / len(epochs) if epochs else None
+    model.cpu()
     found.subnet.provenance.update({"task": data.S1.formula, "base_task": data.T1.formula, "layers": layers})
     found.subnet.save(path, weights=model)
     write_json(facts, {
@@ -141,7 +187,7 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
         "density_per_layer": found.subnet.density(per_layer=True),
         "history": found.history,
         "table": subtask_table(model, found.subnet, config),
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": None if seconds is None else round(seconds, 2),
     })  # fmt: skip
     checkpoint.unlink(missing_ok=True)
     return found.subnet
@@ -163,12 +209,12 @@ def discovery_config(config: ArithmeticConfig, layers: int, checkpoint: Path | N
 
 
 def s1_batches(config: ArithmeticConfig) -> Callable[[int], Iterator[Tensor]]:
-    """epoch -> batches of S1 sequences in an order of that epoch."""
-    rows = data.training_set(data.S1, config.discovery_pairs, config.seed)
+    """epoch -> batches of S1 sequences in an order of that epoch, on the config's device."""
+    rows = data.training_set(data.S1, config.discovery_pairs, config.seed).to(config.device or "cpu")
 
     def batches(epoch: int) -> Iterator[Tensor]:
         order = torch.randperm(len(rows), generator=torch_generator(config.seed, "S1", "order", epoch))
-        return (rows[part] for part in order.split(config.discovery_batch))
+        return (rows[part.to(rows.device)] for part in order.split(config.discovery_batch))
 
     return batches
 
@@ -188,109 +234,5 @@ def subtask_table(model: LeanGPT2, subnet: Subnet, config: ArithmeticConfig) -> 
 
 
 def accuracy_on(sequences: Tensor, model: nn.Module) -> float:
-    """`accuracy` with the sequences first, for functools.partial."""
-    return accuracy(model, sequences)
-
-
-# --------------------------------------------------------------------------- transfer
-
-
-@dataclass(frozen=True)
-class Run:
-    """One transfer run: a condition, n disambiguation pairs and a transfer seed."""
-
-    condition: str
-    num_disambiguation: int
-    seed: int
-
-
-def transfer_stacks(config: ArithmeticConfig) -> list[list[Run]]:
-    """All runs in stacks that train side by side; a pure function of the config, so that a restart stacks alike."""
-    stacks = []
-    for size in sorted(config.sizes):
-        runs = [Run(condition, size, seed) for seed in range(config.transfer_seeds) for condition in config.conditions]
-        num_stacks = -(-len(runs) // config.stack)
-        stacks += [runs[len(runs) * i // num_stacks : len(runs) * (i + 1) // num_stacks] for i in range(num_stacks)]
-    return stacks
-
-
-def stack_path(depth: Depth, index: int, runs: list[Run]) -> Path:
-    """The file of one stack's results."""
-    return depth.folder / f"transfer_{index:03d}_n{runs[0].num_disambiguation}.json"
-
-
-def transfer_stage(depth: Depth, source: State, subnet: Subnet, show: bool = False) -> None:
-    """Trains every stack whose file is missing."""
-    stacks = transfer_stacks(depth.config)
-    for index, runs in enumerate(stacks):
-        path = stack_path(depth, index, runs)
-        if path.exists():
-            continue
-        started = time.perf_counter()
-        members, skipped = build_members(depth, source, subnet, runs)
-        results: list[MemberResult] = []
-        if members:
-            config = depth.config
-            recipe = Recipe(config.transfer_epochs, config.transfer_batch, config.transfer_lr, weight_decay=0.01)
-            steps = recipe.epochs * -(-len(members[0].train) // recipe.batch)
-            title = f"T2, {depth.layers} layers, n={runs[0].num_disambiguation}, {len(members)} runs"
-            bar = _Bar(f"{title} [{index + 1}/{len(stacks)}]", steps, show)
-            checkpoint = path.with_suffix(".checkpoint.safetensors")
-            results = train_stack(config.shape(depth.layers), members, recipe, checkpoint=checkpoint, report=bar)
-            bar.close()
-        write_json(path, {
-            "results": [_row(depth, result) for result in results],
-            "curves": [{**result.label, "curve": result.curve} for result in results],
-            "skipped": skipped,
-            "seconds": round(time.perf_counter() - started, 2),
-        })  # fmt: skip
-        path.with_suffix(".checkpoint.safetensors").unlink(missing_ok=True)
-
-
-def build_members(
-    depth: Depth, source: State, subnet: Subnet, runs: list[Run]
-) -> tuple[list[Member], list[dict[str, Any]]]:
-    """The members of a stack, and the runs that can't be done with the reason (complement of a dense subnet)."""
-    members, skipped = [], []
-    for run in runs:
-        label = {"condition": run.condition, "n_disambiguation": run.num_disambiguation, "seed": run.seed}
-        try:
-            members.append(_member(depth, source, subnet, run, label))
-        except ValueError as error:
-            if "complement" not in run.condition:
-                raise
-            skipped.append({**label, "reason": str(error)})
-    return members, skipped
-
-
-def _member(depth: Depth, source: State, subnet: Subnet, run: Run, label: dict[str, int | float | str]) -> Member:
-    """All conditions of one transfer seed share data, its order, dropout and fresh weights: they differ in planting."""
-    config = depth.config
-    stream = (config.seed, "T2", run.seed)
-    stream_seed = seed_for(*stream)
-    sampler = torch_generator(*stream, "sample", depth.layers)
-    planted = planted_masks(run.condition, subnet, sampler)
-    init = torch_generator(*stream, "init", depth.layers)
-    shape = config.shape(depth.layers)
-    return Member(
-        label,
-        starting_state(run.condition, planted, source, shape, config.inherit, init),
-        data.transfer_set(run.num_disambiguation, stream_seed, config.num_ambiguous),
-        data.held_out_set(data.T2, "validation", stream_seed, config.num_held_out),
-        data.held_out_set(data.T2, "test", stream_seed, config.num_held_out),
-        stream,
-        planted if run.condition in FROZEN else {},
-    )
-
-
-def _row(depth: Depth, result: MemberResult) -> dict[str, Any]:
-    return {
-        "condition": result.label["condition"],
-        "layers": depth.layers,
-        "n_disambiguation": result.label["n_disambiguation"],
-        "seed": result.label["seed"],
-        "test_accuracy": round(result.test_accuracy, 6),
-        "validation_accuracy": round(result.validation_accuracy, 6),
-        "best_epoch": result.best_epoch,
-        "inherit": depth.config.inherit,
-    }
+    """`accuracy` with the sequences first, for functools.partial; they are taken to the model's device."""
+    return accuracy(model, sequences.to(next(model.parameters()).device))
