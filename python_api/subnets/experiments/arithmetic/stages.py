@@ -36,11 +36,11 @@ class Depth:
     folder: Path
 
     def model(self, state: State | None = None) -> LeanGPT2:
-        """A plain network of this depth, holding `state` if given; in eval mode."""
+        """A plain network of this depth on the config's device, holding `state` if given; in eval mode."""
         model = LeanGPT2(self.config.shape(self.layers), torch_generator(self.config.seed, "T1", "init"))
         if state is not None:
             model.load_state_dict(state)
-        return model.eval()
+        return model.eval().to(self.config.device or "cpu")
 
 
 def replicates(config: ArithmeticConfig, layers: int, folder: Path) -> list[Depth]:
@@ -135,7 +135,7 @@ def _base_member(depth: Depth) -> Member:
     config = depth.config
     return Member(
         {"stage": "base"},
-        {name: value.detach().clone() for name, value in depth.model().state_dict().items()},
+        {name: value.detach().to("cpu", copy=True) for name, value in depth.model().state_dict().items()},
         data.training_set(data.T1, config.base_pairs, config.seed),
         data.held_out_set(data.T1, "validation", config.seed, config.num_held_out),
         data.held_out_set(data.T1, "test", config.seed, config.num_held_out),
@@ -170,7 +170,7 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
         print(f"discovery of S1, {layers} layers{name}", file=sys.stderr)
     epochs: list[int] = []  # those of this call: fewer than all where it goes on from a checkpoint
     found = discover(
-        model.to(config.device or "cpu"),
+        model,
         s1_batches(config),
         lm_loss,
         discovery_config(config, layers, checkpoint),
@@ -205,6 +205,7 @@ def discovery_config(config: ArithmeticConfig, layers: int, checkpoint: Path | N
         beta_end=config.beta_end,
         seed=seed_for(config.seed, "S1", layers) % 2**31,
         checkpoint=checkpoint,
+        cuda_graph=config.device == "cuda",
     )
 
 
@@ -214,7 +215,7 @@ def s1_batches(config: ArithmeticConfig) -> Callable[[int], Iterator[Tensor]]:
 
     def batches(epoch: int) -> Iterator[Tensor]:
         order = torch.randperm(len(rows), generator=torch_generator(config.seed, "S1", "order", epoch))
-        return (rows[part.to(rows.device)] for part in order.split(config.discovery_batch))
+        return iter(rows[order.to(rows.device)].split(config.discovery_batch))
 
     return batches
 
