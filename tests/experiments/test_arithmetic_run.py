@@ -160,6 +160,23 @@ def test_replicates_have_a_base_network_a_mask_and_a_transfer_seed_each_and_the_
     assert int(batches[0]["member_steps"]) == 3 * 2 * 9  # 3 epochs, 60 + 10 pairs in batches of 50, 9 runs
 
 
+def test_runs_of_several_sizes_train_in_one_stack_as_they_do_in_stacks_of_their_own(tmp_path: Path) -> None:
+    curves = {}
+    for stack in ("9", "3"):
+        folder = tmp_path / stack
+        run(tiny(conditions="subnet,random_init,sampled", transfer_seeds="1", sizes="10,16,120", stack=stack), folder)
+        curves[stack] = {
+            (row["condition"], row["n_disambiguation"], row["epoch"]): float(row["loss"])
+            for row in read_csv(folder / "metrics.csv") if row["stage"] == "transfer"
+        }  # fmt: skip
+    names = [sorted(path.name for path in (tmp_path / stack / "layers1").glob("transfer*")) for stack in ("9", "3")]
+    assert names[0] == ["transfer_000_n10-120.json"]
+    assert names[1] == [f"transfer_00{i}_n{n}.json" for i, n in enumerate((10, 16, 120))]
+    assert curves["9"].keys() == curves["3"].keys() and len(curves["3"]) == 3 * 3 * 3
+    for key, loss in curves["3"].items():  # 6 to 12 steps on numbers near 7, apart by the rounding of the products
+        assert loss == pytest.approx(curves["9"][key], rel=1e-6), key
+
+
 def test_a_run_killed_in_the_middle_of_a_batch_goes_on_to_the_same_numbers(
     replicated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

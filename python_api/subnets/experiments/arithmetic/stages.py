@@ -75,8 +75,7 @@ def train(
         bar.update(last - bar.n)
 
     started = time.perf_counter()
-    on_device = {} if device in (None, "cpu") else {"device": device}
-    results = train_stack(shape, members, recipe, checkpoint=checkpoint, report=report, **on_device)
+    results = train_stack(shape, members, recipe, checkpoint=checkpoint, report=report, device=device or "cpu")
     seconds = time.perf_counter() - started
     bar.close()
     return results, round(seconds * last / done_now, 2) if done_now else None
