@@ -96,12 +96,13 @@ def draw_published(results: Sequence[DepthResults], inherit: str, folder: Path) 
         )  # fmt: skip
         _draw_published(panels[0], published_mean(depths_with(shown, condition), condition), condition)
     panels[0].set_title("mean over " + ", ".join(str(depth.layers) for depth in shown) + " layers", fontsize=9)
-    panels[0].legend(fontsize=6)
+    ours = [line for line in panels[0].get_lines() if line.get_linestyle() == "-"]
+    figure.legend(handles=ours, loc="outside lower center", ncol=4, fontsize=8)
     for axes in panels[: len(shown) + 1]:
         axes.set_xscale("log")
+        axes.set_xlabel("n (0 drawn at 1)", fontsize=8)
         axes.set_ylim(0.2, 1.02)
         axes.grid(alpha=0.3)
-    figure.supxlabel("disambiguation pairs n (0 drawn at 1)", fontsize=9)
     figure.supylabel("test accuracy on T2", fontsize=9)
     figure.suptitle(f"ours solid, published dashed; inherit={inherit!r}\n{SAMPLED_READING}", fontsize=9)
     caption = (
