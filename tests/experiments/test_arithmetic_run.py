@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -160,15 +161,19 @@ def test_replicates_have_a_base_network_a_mask_and_a_transfer_seed_each_and_the_
     assert int(batches[0]["member_steps"]) == 3 * 2 * 9  # 3 epochs, 60 + 10 pairs in batches of 50, 9 runs
 
 
-def test_runs_of_several_sizes_train_in_one_stack_as_they_do_in_stacks_of_their_own(tmp_path: Path) -> None:
+def test_runs_of_several_sizes_train_in_one_stack_as_they_do_in_stacks_of_their_own(tmp_path: Path, capsys) -> None:
     curves = {}
     for stack in ("9", "3"):
+        config = tiny(conditions="subnet,random_init,sampled", transfer_seeds="1", sizes="10,16,120", stack=stack)
         folder = tmp_path / stack
-        run(tiny(conditions="subnet,random_init,sampled", transfer_seeds="1", sizes="10,16,120", stack=stack), folder)
+        run(config, folder, show=True)
         curves[stack] = {
             (row["condition"], row["n_disambiguation"], row["epoch"]): float(row["loss"])
             for row in read_csv(folder / "metrics.csv") if row["stage"] == "transfer"
         }  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "T2, 1 layers, batch 1 of 1: n=10-120, 9 runs; no batch timed yet" in shown
+    assert re.search(r"T2, 1 layers, batch 2 of 3: n=16, 3 runs; \d+ s left for the whole run", shown)
     names = [sorted(path.name for path in (tmp_path / stack / "layers1").glob("transfer*")) for stack in ("9", "3")]
     assert names[0] == ["transfer_000_n10-120.json"]
     assert names[1] == [f"transfer_00{i}_n{n}.json" for i, n in enumerate((10, 16, 120))]
