@@ -222,11 +222,11 @@ def test_a_run_that_is_not_finished_is_reported_as_far_as_it_came(replicated: Pa
     text = report(folder)
     assert (
         "NOT FINISHED, 2 layers: 2 of 2 base networks there; 2 of 2 subnets there; 9 of 18 transfer runs there; "
-        "missing: all of n = 16." in text
+        "missing: all at n = 16." in text
     )
     assert (
         "NOT FINISHED, 4 layers: 2 of 2 base networks there; 1 of 2 subnets there; 0 of 12 transfer runs there; "
-        "missing: all of n = 10, n = 16." in text
+        "missing: all at n = 10, 16." in text
     )
     rows = read_csv(folder / "results.csv")
     assert len(rows) == 9 and {(row["layers"], row["n_disambiguation"]) for row in rows} == {("2", "10")}

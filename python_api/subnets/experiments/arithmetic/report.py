@@ -141,11 +141,12 @@ def unfinished_line(depth: DepthResults) -> str | None:
     ]
     total = sum(depth.planned.values())
     parts.append(f"{total - sum(missing.values()):,} of {total:,} transfer runs there")
-    whole = [f"n = {size}" for size, count in missing.items() if count == depth.planned[size]]
-    part = [f"{count} of {depth.planned[size]} at n = {size}" for size, count in missing.items()]
-    part = [text for text, (size, count) in zip(part, missing.items(), strict=True) if count < depth.planned[size]]
-    if missing:
-        parts.append("missing: " + ", ".join([*part, *(["all of " + ", ".join(whole)] if whole else [])]))
+    whole = [size for size, count in missing.items() if count == depth.planned[size]]
+    gaps = [f"{missing[size]} of {depth.planned[size]} at n = {size}" for size in missing if size not in whole]
+    if whole:
+        gaps.append("all at n = " + ", ".join(map(str, whole)))
+    if gaps:
+        parts.append("missing: " + "; ".join(gaps))
     return f"NOT FINISHED, {depth.layers} layers: {'; '.join(parts)}."
 
 
