@@ -11,7 +11,7 @@ or :func:`discover`, which is this loop with evaluation, checkpoints and history
 
 from . import metrics, objectives
 from .capture import CapturedStep
-from .discovery import Discovery, DiscoveryConfig, discover
+from .discovery import Discoveries, Discovery, DiscoveryConfig, discover
 from .evaluation import evaluate_subnet
 from .masking import MaskSet, mask_model, masks_of
 from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLinear
@@ -20,6 +20,7 @@ from .transfer import release, transfer
 
 __all__ = [
     "CapturedStep",
+    "Discoveries",
     "Discovery",
     "DiscoveryConfig",
     "MaskSet",

@@ -1,6 +1,8 @@
 """Discovery: which weights of a trained network serve an objective."""
 
 from .config import DiscoveryConfig
-from .loop import Discovery, discover
+from .discoveries import Discoveries
+from .loop import discover
+from .record import Discovery
 
-__all__ = ["Discovery", "DiscoveryConfig", "discover"]
+__all__ = ["Discoveries", "Discovery", "DiscoveryConfig", "discover"]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 
-from ..masking import MaskSet
-
 _SECONDS_BETWEEN = 0.3
 _SHARE_OF_TIME = 0.02  # counting density and undecided reads every score; it may take this share of the time
+
+
+class Counts(Protocol):
+    """What is counted now and then: a MaskSet, or the scores of many members."""
+
+    def density(self) -> float: ...
+    def undecided(self) -> float: ...
 
 
 class Bar:
@@ -23,7 +29,7 @@ class Bar:
         self._next_text = self._next_count = 0.0
         self._counts = ""
 
-    def step(self, loss: Tensor, beta: float, masks: MaskSet) -> None:
+    def step(self, loss: Tensor, beta: float, masks: Counts) -> None:
         self._bar.update()
         if self._bar.disable:
             return

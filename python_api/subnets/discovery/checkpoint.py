@@ -1,7 +1,8 @@
 """The checkpoint of a discovery: one safetensors file, replaced after every epoch, checked in full before it is used.
 
-Tensors: ``scores/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` (scores' shape) and ``best/<weight's name>`` (the
-best hard mask so far, one bit per weight). Metadata (JSON): what it is a checkpoint of, history, best epoch, checksum.
+Tensors, by member (0 if there is but one) and weight's name: ``scores/0/<name>``, ``exp_avg/...``, ``exp_avg_sq/...``
+(scores' shape) and ``best/...`` (the best hard mask so far, one bit per weight); ``best_scores/...`` where they are
+asked for later. Metadata (JSON): what it is a checkpoint of, histories, best epochs, lams under control, checksum.
 Random numbers need no place: every epoch seeds its own from (seed, epoch).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,12 @@ from torch import Tensor
 from ..masking import MaskSet
 from ..subnet_file import weights_hash
 from ..training.files import save_tensors
+from .config import DiscoveryConfig
+from .control import DensityControl
+from .record import Record
 
-FORMAT = "subnets.discovery.checkpoint/1"
+FORMAT = "subnets.discovery.checkpoint/2"
 _MEND = "delete it to start over, or restore a copy"
-
-
-class Progress:
-    """How far a discovery is: history, and the best epoch with its packed masks."""
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
-        self.best_masks: dict[str, Tensor] = {}
 
 
 def identity(masks: MaskSet, config: dict[str, Any]) -> dict[str, Any]:
@@ -46,49 +42,80 @@ def identity(masks: MaskSet, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save(
-    path: Path, identity: dict[str, Any], masks: MaskSet, optimizer: torch.optim.Optimizer, progress: Progress
-) -> None:
-    """Write it beside ``path`` and rename it into place."""
-    tensors: dict[str, Tensor] = {}
-    steps: dict[str, float] = {}
-    for name, scores in masks.scores().items():
-        moments = optimizer.state.get(scores, {})  # empty for scores that never had a gradient
-        tensors[f"scores/{name}"] = scores.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}/{name}"] = moments.get(moment, torch.zeros_like(scores))
-        steps[name] = float(moments.get("step", 0))
-    tensors.update({f"best/{name}": packed for name, packed in progress.best_masks.items()})
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    state = {
-        "format": FORMAT, "identity": identity, "beta": masks.beta, "steps": steps,
-        "history": progress.history, "best": progress.best,
-    }  # fmt: skip
-    text = json.dumps(state, allow_nan=False)
-    save_tensors(path, tensors, {"state": text, "checksum": _checksum(text, tensors)})
+class CheckpointFile:
+    """The checkpoint of one run: what goes in, and where it is put back.
 
-
-def load(path: Path, identity: dict[str, Any], masks: MaskSet, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the checkpoint's scores and moments in place and return how far it was.
-
-    Raises:
-        ValueError: damaged, or of another discovery (the differing keys are named). Nothing is changed then.
+    Args:
+        config: with ``config.checkpoint`` None, loading and saving do nothing.
+        scores: each member's scores by weight's name; the optimizer's parameters.  records: each member's.
+        control: of target_density, or None.
     """
-    state, tensors = _read(path)
-    _check_same(path, state["identity"], identity)
-    progress = Progress()
-    progress.history, progress.best = state["history"], state["best"]
-    progress.best_masks = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
-    with torch.no_grad():
-        for name, scores in masks.scores().items():
-            scores.copy_(tensors[f"scores/{name}"])
-            optimizer.state[scores] = {
-                "step": _step_tensor(state["steps"][name], scores, optimizer),
-                "exp_avg": torch.zeros_like(scores).copy_(tensors[f"exp_avg/{name}"]),
-                "exp_avg_sq": torch.zeros_like(scores).copy_(tensors[f"exp_avg_sq/{name}"]),
-            }
-    masks.beta = state["beta"]
-    return progress
+
+    def __init__(
+        self, config: DiscoveryConfig, evaluate: object, masks: MaskSet, scores: Sequence[Mapping[str, Tensor]],
+        optimizer: torch.optim.Optimizer, records: Sequence[Record], control: DensityControl | None,
+    ) -> None:
+        self.path = None if config.checkpoint is None else Path(config.checkpoint)
+        self.masks, self.optimizer, self.records, self.control = masks, optimizer, records, control
+        self.scores = {f"{i}/{name}": its for i, member in enumerate(scores) for name, its in member.items()}
+        self.identity: dict[str, Any] = {}
+        if self.path is not None:
+            self.identity = identity(masks, {**config.record(), "has_evaluate": evaluate is not None})
+
+    def save(self, more: dict[str, Any] | None = None) -> None:
+        """Write it beside its place and rename it there; ``more`` (json values) is what :meth:`load` returns."""
+        if self.path is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        steps: dict[str, float] = {}
+        for name, scores in self.scores.items():
+            moments = self.optimizer.state.get(scores, {})  # empty for scores that never had a gradient
+            tensors[f"scores/{name}"] = scores.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = moments.get(moment, torch.zeros_like(scores))
+            steps[name] = float(moments.get("step", 0))
+        for i, record in enumerate(self.records):
+            tensors.update({f"best/{i}/{name}": packed for name, packed in record.best_masks.items()})
+            tensors.update({f"best_scores/{i}/{name}": scores for name, scores in record.best_scores.items()})
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        state = {
+            "format": FORMAT, "identity": self.identity, "beta": self.masks.beta, "steps": steps,
+            "members": [{"history": record.history, "best": record.best} for record in self.records],
+            "lams": None if self.control is None else self.control.lams, "more": more or {},
+        }  # fmt: skip
+        text = json.dumps(state, allow_nan=False)
+        save_tensors(self.path, tensors, {"state": text, "checksum": _checksum(text, tensors)})
+
+    def load(self) -> dict[str, Any]:
+        """Put scores, moments, records and lams in place, if there is a file; returns what :meth:`save` was given.
+
+        Raises:
+            ValueError: damaged, or of another discovery (the differing keys are named). Nothing is changed then.
+        """
+        if self.path is None or not self.path.exists():
+            return {}
+        state, tensors = _read(self.path)
+        _check_same(self.path, state["identity"], self.identity)
+        for i, (record, its) in enumerate(zip(self.records, state["members"], strict=True)):
+            record.history, record.best = its["history"], its["best"]
+            record.best_masks = _under(f"best/{i}/", tensors)
+            record.best_scores = _under(f"best_scores/{i}/", tensors)
+        with torch.no_grad():
+            for name, scores in self.scores.items():
+                scores.copy_(tensors[f"scores/{name}"])
+                self.optimizer.state[scores] = {
+                    "step": _step_tensor(state["steps"][name], scores, self.optimizer),
+                    "exp_avg": torch.zeros_like(scores).copy_(tensors[f"exp_avg/{name}"]),
+                    "exp_avg_sq": torch.zeros_like(scores).copy_(tensors[f"exp_avg_sq/{name}"]),
+                }
+        self.masks.beta = state["beta"]
+        if self.control is not None:
+            self.control.lams = state["lams"]
+        return state["more"]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _step_tensor(step: float, scores: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

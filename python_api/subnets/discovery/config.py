@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from subnet_kernels.masks import MaskKind, as_kind
@@ -17,6 +19,8 @@ _CHOICES = {
     "beta_schedule": ("after_epoch", "reach_end"),
     "anneal": ("epoch", "step"),
 }
+
+MEMBER_FIELDS = {"seeds": "seed", "penalties": "lam", "score_inits": "score_init"}  # several values of one setting
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class DiscoveryConfig:
             objective then runs four times more on the first batch, sees batches on the model's device, must not wait
             for the device and draws random numbers from its default generator alone. Batches are tensors and plain
             values in tuples, lists and dicts.
+        seeds, penalties, score_inits: values of seed, lam and score_init: every combination of what is given is trained
+            in one run, a *member* each, and :func:`subnets.discover` returns ``Discoveries``. None: the one value
+            above. Members are in the order of ``itertools.product(seeds, penalties, score_inits)``.
+        members_at_once: at most so many members share one forward and backward pass. None chooses: on a CPU as many as
+            find their activations in its caches, on a GPU as many as fit in its free memory. Speed and rounding alone.
+        target_density: steer lam (each member's, from its ``lam`` on) after every epoch so that the density ends
+            there: :mod:`subnets.discovery.control`. Rows of the history then have the epoch's "lam".
 
     Raises:
         ValueError, TypeError: a value that is out of range or contradicts another.
@@ -69,14 +80,20 @@ class DiscoveryConfig:
     seed: int = 0
     checkpoint: str | os.PathLike[str] | None = None
     cuda_graph: bool = False
+    seeds: Sequence[int] | None = None
+    penalties: Sequence[float] | None = None
+    score_inits: Sequence[float] | None = None
+    members_at_once: int | None = None
+    target_density: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps_per_epoch"):
-            self._check_count(name, may_be_none=name == "steps_per_epoch")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"DiscoveryConfig: seed must be an int, got {self.seed!r}")
+        for name in ("epochs", "steps_per_epoch", "members_at_once"):
+            self._check_count(name, may_be_none=name != "epochs")
+        _check_seed("seed", self.seed)
         for name in ("lr", "weight_decay", "lam", "score_init", "beta_start", "beta_end"):
-            self._check_number(name)
+            _check_number(name, getattr(self, name))
+        self._check_members()
+        self._check_target()
         for name in ("lr", "beta_start", "beta_end"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"DiscoveryConfig: {name} must be > 0, got {getattr(self, name)}")
@@ -108,12 +125,53 @@ class DiscoveryConfig:
         if value < 1:
             raise ValueError(f"DiscoveryConfig: {name} must be >= 1, got {value}")
 
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"DiscoveryConfig: {name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"DiscoveryConfig: {name} must be finite, got {value}")
+    def _check_members(self) -> None:
+        """Each list of members' values is a tuple of different values, each fit for the field it stands for."""
+        for name, field in MEMBER_FIELDS.items():
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise TypeError(f"DiscoveryConfig: {name} must be a list of values of {field} or None, got {values!r}")
+            for value in values:
+                _check_seed(name, value) if field == "seed" else _check_number(name, value)
+            if len(values) == 0 or len(set(values)) < len(values):
+                raise ValueError(f"DiscoveryConfig: {name} must list one or more different values, got {values!r}")
+            if field == "lam" and min(values) < 0:
+                raise ValueError(f"DiscoveryConfig: penalties must be >= 0, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
+        if self.is_bulk and self.cuda_graph:
+            raise ValueError(
+                "DiscoveryConfig: cuda_graph=True captures the step of one discovery; leave it False with seeds, "
+                "penalties or score_inits"
+            )
+
+    def _check_target(self) -> None:
+        if self.target_density is None:
+            return
+        _check_number("target_density", self.target_density)
+        if not 0 < self.target_density < 1:
+            raise ValueError(f"DiscoveryConfig: target_density must be in (0, 1), got {self.target_density}")
+        if min(self.penalties or (self.lam,)) <= 0:
+            raise ValueError(
+                "DiscoveryConfig: target_density multiplies lam up and down, so lam and penalties must be > 0, got 0"
+            )
+        if self.cuda_graph:
+            raise ValueError("DiscoveryConfig: cuda_graph=True keeps lam as captured; leave out target_density")
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether several members are asked for, so that discover returns ``Discoveries``."""
+        return any(getattr(self, name) is not None for name in MEMBER_FIELDS)
+
+    def members(self) -> list[DiscoveryConfig]:
+        """Each member's settings as those of a discovery alone."""
+        values = [getattr(self, n) or (getattr(self, field),) for n, field in MEMBER_FIELDS.items()]
+        alone = dict.fromkeys((*MEMBER_FIELDS, "members_at_once", "checkpoint"))
+        return [
+            replace(self, **alone, **dict(zip(MEMBER_FIELDS.values(), combination, strict=True)))
+            for combination in itertools.product(*values)
+        ]
 
     def beta(self, done: int, total: int) -> float:
         """beta of the epoch (step) before which ``done`` of ``total`` were done."""
@@ -125,11 +183,24 @@ class DiscoveryConfig:
 
     def record(self) -> dict[str, Any]:
         """Every setting that decides what is found, as json values: what a checkpoint and a subnet remember."""
-        names = [field.name for field in fields(self) if field.name not in ("checkpoint", "cuda_graph")]
+        without = ("checkpoint", "cuda_graph", "members_at_once")
+        names = [field.name for field in fields(self) if field.name not in without]
         values = {name: _plain(getattr(self, name)) for name in names}
         kind = as_kind(self.kind)
         values["kind"] = kind.name if not kind.params() else [kind.name, *kind.params()]
         return values
+
+
+def _check_seed(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"DiscoveryConfig: {name} must be {'an int' if name == 'seed' else 'ints'}, got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"DiscoveryConfig: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"DiscoveryConfig: {name} must be finite, got {value}")
 
 
 def _plain(value: Any) -> Any:

@@ -7,9 +7,12 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from .config import DiscoveryConfig
+from .random_state import Streams
 
+PLAIN = (bool, int, float, str, bytes, type(None))
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
@@ -35,6 +38,7 @@ class EpochData:
                 f"{config.epochs}; pass a list, a DataLoader, or a function epoch -> iterable"
             )
         self._batches, self._can_iterate, self._config = batches, can_iterate, config
+        self.steps_per_epoch = config.steps_per_epoch
         length = _length(batches) if can_iterate else None
         wanted = config.steps_per_epoch
         if length is not None and wanted is not None and length < wanted:
@@ -55,8 +59,29 @@ class EpochData:
         found = [getattr(holder, "generator", None) for holder in (self._batches, *samplers)]
         return [generator for generator in found if isinstance(generator, torch.Generator)]
 
+    def check_seeds(self, number: int) -> None:
+        """Several seeds iterate over the same batches at the same time.
+
+        Raises:
+            ValueError: they can't.
+        """
+        if number > 1 and getattr(self._batches, "persistent_workers", False):
+            raise ValueError(
+                "discover: a DataLoader with persistent_workers has one set of workers, which several seeds can't "
+                "share; set persistent_workers=False, or pass one seed"
+            )
+        if number > 1 and self._can_iterate and hasattr(self._batches, "__next__"):
+            raise ValueError(
+                f"discover: batches is a {type(self._batches).__name__} that can be used once, and there are {number} "
+                "seeds; pass a list, a DataLoader, or a function epoch -> iterable"
+            )
+
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of this epoch."""
+        return islice(self.iterator(epoch), self.steps_per_epoch)
+
+    def iterator(self, epoch: int) -> Iterator[Any]:
+        """All batches that the source has for this epoch."""
         if self._can_iterate:
             set_epoch = getattr(getattr(self._batches, "sampler", None), "set_epoch", None)
             if callable(set_epoch):
@@ -65,12 +90,16 @@ class EpochData:
         else:
             source = self._batches(epoch)  # type: ignore[operator]
         try:
-            iterator = iter(source)  # type: ignore[arg-type]
+            return iter(source)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(
                 f"discover: batches(epoch) must return something to iterate over, got {type(source).__name__}"
             ) from None
-        return islice(iterator, self._config.steps_per_epoch)
+
+    def beta(self, epoch: int, index: int) -> float:
+        """beta of this step where annealing is by step."""
+        assert self.num_steps is not None
+        return self._config.beta(epoch * self.num_steps + index, self._config.epochs * self.num_steps)
 
     def check_count(self, epoch: int, steps: int) -> None:
         """The epoch gave what was promised.
@@ -89,6 +118,82 @@ class EpochData:
                 f"discover: batches gave {steps} batches in epoch {epoch}, not the {self.num_steps} of steps_per_epoch "
                 "or of its length; set steps_per_epoch to what every epoch has"
             )
+
+
+class EpochOfSeeds:
+    """One epoch of the same batches for several seeds, step by step, each seed with its own random numbers.
+
+    Raises:
+        ValueError: seeds would share an iterator or a loader's workers; an epoch has more batches for one than another.
+    """
+
+    def __init__(self, data: EpochData, epoch: int, seeds: tuple[int, ...], streams: Streams) -> None:
+        self._seeds, self._streams, self._epoch = seeds, streams, epoch
+        data.check_seeds(len(seeds))
+        sources = []
+        for number in range(len(seeds)):
+            with streams.at(number):
+                sources.append(data.iterator(epoch))
+        if len({id(source) for source in sources}) < len(seeds):
+            raise ValueError(
+                f"discover: batches gave the same iterator for {len(seeds)} seeds in epoch {epoch}; it must make a new "
+                "one at each call"
+            )
+        self._iterators = [islice(source, data.steps_per_epoch) for source in sources]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Each step's batches, one per seed."""
+        ended = object()
+        step = 0
+        while True:
+            batches = []
+            for number, iterator in enumerate(self._iterators):
+                with self._streams.at(number):
+                    batches.append(next(iterator, ended))
+            over = [seed for seed, batch in zip(self._seeds, batches, strict=True) if batch is ended]
+            if over and len(over) < len(self._seeds):
+                raise ValueError(
+                    f"discover: epoch {self._epoch} has {step} batches for seed {over[0]} and more for others; members "
+                    "are stepped together, so set steps_per_epoch, or run these seeds apart"
+                )
+            if over:
+                return
+            step += 1
+            yield batches
+
+
+def unique_batches(batches: list[Any]) -> tuple[list[Any], list[int]]:
+    """(the different ones, the number of each batch's own among them): batches of the same content objects are one."""
+    unique: list[Any] = []
+    numbers = []
+    for batch in batches:
+        found = next((i for i, other in enumerate(unique) if other is batch or _is_same(other, batch)), len(unique))
+        numbers.append(found)
+        if found == len(unique):
+            unique.append(batch)
+    return unique, numbers
+
+
+def can_stack(batches: list[Any]) -> bool:
+    """Whether the different ones among these have one structure, shapes and dtypes, and all else equal."""
+    unique, _ = unique_batches(batches)
+    leaves, specs = zip(*map(tree_flatten, unique), strict=True)
+    return all(spec == specs[0] for spec in specs) and all(map(_is_alike, zip(*leaves, strict=True)))
+
+
+def _is_alike(column: tuple[Any, ...]) -> bool:
+    first = column[0]
+    if isinstance(first, torch.Tensor):
+        return all(isinstance(x, torch.Tensor) and x.shape == first.shape and x.dtype == first.dtype for x in column)
+    return all(x is first or (isinstance(x, PLAIN) and type(x) is type(first) and x == first) for x in column)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether all tensors of these are the same objects, and all else equal."""
+    (ours, spec), (theirs, other_spec) = tree_flatten(one), tree_flatten(other)
+    return spec == other_spec and all(
+        a is b or (isinstance(a, PLAIN) and type(a) is type(b) and a == b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _length(batches: Any) -> int | None:

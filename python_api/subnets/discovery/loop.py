@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from subnet_kernels.packing import pack_mask, unpack_mask
-
 from ..masking import MaskSet, mask_model
-from ..subnet import Subnet
-from ..subnet_file import weights_hash
 from ..training.seeds import seed_for
-from . import checkpoint
 from .bar import Bar
-from .checkpoint import Progress
+from .bulk import BulkRun
+from .checkpoint import CheckpointFile
 from .config import DiscoveryConfig
+from .control import density_control, soft_density
 from .data import Batches, EpochData
-from .random_state import seeded
+from .passes import check_loss
+from .random_state import RandomState
+from .record import Callback, Discovery, Evaluate, Record, lam_per_weight
 from .replay import ReplayedStep
 
 Objective = Callable[[nn.Module, Any], Tensor]
-Evaluate = Callable[[nn.Module], float]
-Callback = Callable[[dict[str, Any], MaskSet], Any]
 
 _DEFAULTS = DiscoveryConfig()
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """What :func:`discover` found.
-
-    Attributes:
-        subnet: the hard masks of the best epoch, with provenance and the hash of the network that they belong to.
-        history: one dict per epoch: epoch (from 0), step (optimizer steps done after it), loss (the objective's mean
-            over the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of
-            masks between .01 and .99) at its end, score (of ``evaluate`` with hard masks, or None).
-        best: the best epoch's dict.
-    """
-
-    subnet: Subnet
-    history: list[dict[str, Any]]
-    best: dict[str, Any]
 
 
 def discover(
     model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig = _DEFAULTS, *,
     evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (), progress: bool | None = None,
-) -> Discovery:
+) -> Discovery | Any:
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
 
@@ -101,14 +79,14 @@ def discover(
     data = EpochData(batches, config)
     devices = {parameter.device for parameter in model.parameters()}
     with torch.inference_mode(False), torch.enable_grad(), _masked(model, config) as masks:
-        run = _Run(masks, data, objective, config, evaluate, callbacks)
-        first = len(run.progress.history)
+        state = RandomState(devices, data.generators())
+        kind = BulkRun if config.is_bulk else _Run
+        run = kind(masks, data, objective, config, evaluate, callbacks, state)
         total = None if data.num_steps is None else data.num_steps * config.epochs
-        bar = Bar(total, run.progress.history[-1]["step"] if first else 0, progress)
+        bar = Bar(total, run.steps_done, progress)
         try:
-            for epoch in range(first, config.epochs):
-                with seeded(seed_for(config.seed, "discover", epoch), devices, data.generators()):
-                    run.epoch(epoch, bar)
+            for epoch in range(run.epochs_done, config.epochs):
+                run.epoch(epoch, bar)
         finally:
             bar.close()
             run.forget_step()
@@ -171,41 +149,43 @@ class _Run:
 
     def __init__(
         self, masks: MaskSet, data: EpochData, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
-        callbacks: Sequence[Callback],
+        callbacks: Sequence[Callback], random_state: RandomState | None = None,
     ) -> None:
         self.masks, self.data, self.objective, self.config = masks, data, objective, config
-        self.evaluate, self.callbacks = evaluate, callbacks
-        num_masked = sum(layer.weight.numel() for layer in masks.layers.values())
-        lam = config.lam if config.reduction == "sum" else config.lam / max(num_masked, 1)
+        self.random_state = random_state
+        self.control = density_control(masks, config)
         self.optimizer = masks.adamw(
-            config.lr, weight_decay=config.weight_decay, lam=lam, capturable=config.cuda_graph
-        )
+            config.lr, weight_decay=config.weight_decay, lam=lam_per_weight(masks, config, config.lam),
+            capturable=config.cuda_graph,
+        )  # fmt: skip
         self.step = ReplayedStep(self._step, masks, self.optimizer) if config.cuda_graph else self._step
-        self.path = None if config.checkpoint is None else Path(config.checkpoint)
-        self.progress = Progress()
-        self.identity: dict[str, Any] = {}
-        if self.path is not None:
-            self.identity = checkpoint.identity(masks, {**config.record(), "has_evaluate": evaluate is not None})
-            if self.path.exists():
-                self.progress = checkpoint.load(self.path, self.identity, masks, self.optimizer)
+        self.record = Record(masks, config, evaluate, callbacks)
+        scores = {name: layer.scores for name, layer in masks.layers.items()}
+        self.file = CheckpointFile(config, evaluate, masks, [scores], self.optimizer, [self.record], self.control)
+        self.file.load()
+
+    @property
+    def epochs_done(self) -> int:
+        return len(self.record.history)
+
+    @property
+    def steps_done(self) -> int:
+        return self.record.steps_done
 
     def epoch(self, epoch: int, bar: Bar) -> None:
         """Train for an epoch, evaluate it, and write the checkpoint."""
-        losses = self._train(epoch, bar)
-        self.data.check_count(epoch, len(losses))
-        loss = float(torch.stack(losses).double().mean())
-        self._check_finite(epoch, loss)
-        done = self.progress.history[-1]["step"] if self.progress.history else 0
-        row = {
-            "epoch": epoch, "step": done + len(losses), "loss": loss, "beta": self.masks.beta,
-            "density": self.masks.density(), "undecided": self.masks.undecided(), "score": self._score(epoch),
-        }  # fmt: skip
-        self.progress.history.append(row)
-        self._keep_if_best(row)
-        for callback in self.callbacks:
-            callback(dict(row), self.masks)
-        if self.path is not None:
-            checkpoint.save(self.path, self.identity, self.masks, self.optimizer, self.progress)
+        with contextlib.nullcontext() if self.random_state is None else self.random_state.kept():
+            if self.random_state is not None:
+                self.random_state.seed(seed_for(self.config.seed, "discover", epoch))
+            lam = None if self.control is None else self.control.lams[0]
+            if lam is not None:
+                self.optimizer.param_groups[0]["lam"] = lam_per_weight(self.masks, self.config, lam)
+            losses = self._train(epoch, bar)
+            self.data.check_count(epoch, len(losses))
+            self.record.finish_epoch(epoch, torch.stack(losses), lam, {}, self.file.path)
+            if self.control is not None:
+                self.control.update(0, epoch + 1, soft_density(self.masks))
+            self.file.save()
 
     def _train(self, epoch: int, bar: Bar) -> list[Tensor]:
         config, masks = self.config, self.masks
@@ -214,9 +194,7 @@ class _Run:
         losses: list[Tensor] = []
         for index, batch in enumerate(self.data.epoch(epoch)):
             if config.anneal == "step":
-                assert self.data.num_steps is not None
-                num_steps = self.data.num_steps
-                beta = masks.beta = config.beta(epoch * num_steps + index, config.epochs * num_steps)
+                beta = masks.beta = self.data.beta(epoch, index)
             losses.append(self.step(batch))
             bar.step(losses[-1], beta, masks)
         return losses
@@ -231,61 +209,12 @@ class _Run:
         if masks.is_on_gpu:
             masks.refresh()  # one launch for all layers
         loss = self.objective(masks.model, batch)
-        _check_loss(loss)
+        check_loss(loss)
         with masks.batch_score_gradients() if masks.is_on_gpu else contextlib.nullcontext():
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def _check_finite(self, epoch: int, loss: float) -> None:
-        bad = [name for name, scores in self.masks.scores().items() if not bool(torch.isfinite(scores).all())]
-        if math.isfinite(loss) and not bad:
-            return
-        where = f"scores are not finite in {', '.join(bad)}" if bad else "all scores are finite"
-        kept = f"; the checkpoint {self.path} holds epoch {epoch - 1}" if self.path is not None and epoch else ""
-        raise ValueError(
-            f"discover: stopped after epoch {epoch}: its mean loss is {loss}, {where}; lower lr or lam, or look at the "
-            f"objective{kept}"
-        )
-
-    def _score(self, epoch: int) -> float | None:
-        if self.evaluate is None:
-            return None
-        with torch.no_grad(), self.masks.hard():
-            score = self.evaluate(self.masks.model)
-        try:
-            score = float(score)
-        except (TypeError, ValueError):
-            raise TypeError(f"discover: evaluate must return a number, got {type(score).__name__}") from None
-        if not math.isfinite(score):
-            raise ValueError(f"discover: evaluate returned {score} after epoch {epoch}; it must return a finite number")
-        return score
-
-    def _keep_if_best(self, row: dict[str, Any]) -> None:
-        best = self.progress.best
-        if best is None or row["score"] is None or row["score"] >= best["score"]:
-            self.progress.best = dict(row)
-            self.progress.best_masks = {name: pack_mask(kept) for name, kept in self.masks.kept().items()}
-
     def result(self) -> Discovery:
-        best = self.progress.best
-        assert best is not None
-        weights = {name: layer.weight for name, layer in self.masks.layers.items()}
-        kept = {
-            name: unpack_mask(packed, tuple(weights[name].shape)) for name, packed in self.progress.best_masks.items()
-        }
-        provenance = {"method": "discover", "config": self.config.record(), "best": best}
-        subnet = Subnet(kept, provenance, base_hash=weights_hash(weights))
-        return Discovery(subnet, self.progress.history, dict(best))
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"discover: objective must return a 0-d tensor, got {got}; reduce it, e.g. with .mean()")
-    if not loss.requires_grad:
-        raise ValueError(
-            "discover: the objective's loss does not depend on the scores; compute it with the model it is given, "
-            "without no_grad, detach or argmax"
-        )
+        return self.record.result()

@@ -11,8 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..capture import CapturedStep
 from ..masking import MaskSet
-
-_PLAIN = (bool, int, float, str, bytes, type(None))
+from .data import PLAIN
 
 
 class ReplayedStep:
@@ -47,7 +46,7 @@ class ReplayedStep:
         return loss.clone()
 
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> CapturedStep:
-        if strange := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))}:
+        if strange := {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))}:
             raise TypeError(
                 f"discover: cuda_graph=True copies batches of tensors in tuples, lists and dicts, got a batch with "
                 f"{', '.join(sorted(strange))}; convert it (dict(batch)), or leave cuda_graph False"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,6 +138,7 @@ class MaskedLayer(nn.Module):
     plan: str | None
     _state: MaskState
     _slot: Slot
+    _given: tuple[Tensor, Tensor] | None = None  # (effective weight, penalty) that forward uses: see serve()
 
     def _scores_shape(self, unit: Unit, where: str) -> tuple[int, ...]:
         """The scores' shape in weight's own layout."""
@@ -231,6 +234,27 @@ class MaskedLayer(nn.Module):
         assert penalties is not None
         if self._slot.number not in penalties:  # a layer that runs twice counts once
             penalties[self._slot.number] = penalty
+
+    @contextlib.contextmanager
+    def serve(self, scores: Tensor, w_eff: Tensor, penalty: Tensor) -> Iterator[None]:
+        """Inside, the layer has these scores [S...], and its forward pass uses this effective weight [W...], in
+        weight's layout, and this penalty. Under torch.func.vmap they may be batched."""
+        own = self._parameters["scores"]
+        self._parameters["scores"] = scores  # pyright: ignore[reportArgumentType]  # as torch.func.functional_call does
+        self._given = w_eff, penalty
+        try:
+            yield
+        finally:
+            self._parameters["scores"] = own
+            del self._given
+
+    def _take_given(self) -> Tensor:
+        """The effective weight that was given; its penalty is handed out where one is collected."""
+        assert self._given is not None
+        w_eff, penalty = self._given
+        if self._collects():
+            self._collect(penalty)
+        return w_eff
 
     # --- device, dtype, loading ------------------------------------------------------------------------------------
 

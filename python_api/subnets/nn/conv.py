@@ -70,6 +70,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         weight, bias, scores = self.weight, self.bias, self.scores
         if self._state.is_disabled:
             return nn.Conv2d.forward(self, x)
+        if self._given is not None:
+            return self._conv_forward(x, self._take_given(), bias)
         is_single = x.dim() == 3
         if (args := self._args_of_ordinary(x)) is None:
             cast_to = checks.autocast_dtype(x)

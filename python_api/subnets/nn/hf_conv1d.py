@@ -57,8 +57,9 @@ class MaskedHFConv1D(MaskedLayer):
         return tuple(reversed(outputs_first))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._state.is_disabled:
-            rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        if self._state.is_disabled or self._given is not None:
+            weight = self.weight if self._state.is_disabled else self._take_given()
+            rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), weight)
             return rows.view(*x.shape[:-1], self.nf)
         return masked_linear_of(self, x, self.weight.t(), self.scores.t(), self.bias)
 

@@ -70,6 +70,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if state.is_disabled:
             return F.linear(x, weight, bias)
+        if self._given is not None:
+            return F.linear(x, self._take_given(), bias)
         return masked_linear_of(self, x, weight, self.scores, bias)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,199 @@
+"""Forward and backward passes of several members of a discovery in bulk, each through its own masks.
+
+One pass serves a range of members: each masked layer's effective weights [g, *W] are made first, then
+``torch.func.vmap`` runs the objective over them, every layer serving the effective weight it is given. What needs no
+mask (an unmasked pass, an embedding of a batch that all share) runs once. The sum of the losses is differentiated, so
+members never mix. A pass of one member is the objective as it is, without vmap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from subnet_kernels.ops.effective_weight import effective_weight
+
+from ..masking import MaskSet
+from ..nn import MaskedLayer
+from .data import unique_batches
+
+Scores = list[dict[str, nn.Parameter]]  # one dict per member: the weight's name -> scores
+
+# of 8 members on one core of an AVX-512 CPU: batches whose activations take 1 MiB per member or more are fastest one
+# member at a time, smaller ones the more of them share a pass (docs/discovery.md).
+CACHED = 2 * 2**20
+SHARE_OF_MEMORY = 0.25  # of free memory, for what passes keep for backward: gradients take about as much again
+
+
+class Passes:
+    """Losses and gradients of members' scores.
+
+    Attributes:
+        at_once: how many members one pass serves; None until :meth:`measure`.
+        stacked: what ``objective.stacked(model)`` gave, if it has that: a function (weights, batch) -> (losses [g],
+            gradients) that serves all members at once by itself, preferred over vmap. weights: each masked weight's
+            name -> effective weights [g, *W]; batch: every tensor [g, ...] (stride 0 where members share it);
+            gradients: the name -> d loss_g / d weight_g, [g, *W].
+        by_seed: whether the objective was found to draw random numbers: members of different seeds then never share a
+            pass, so that each draws what it draws alone.
+    """
+
+    def __init__(self, masks: MaskSet, scores: Scores, objective: Callable[..., Tensor], at_once: int | None) -> None:
+        self.masks, self.scores, self.objective = masks, scores, objective
+        self.at_once, self.by_seed = at_once, False
+        offer: Callable[[nn.Module], Any] | None = getattr(objective, "stacked", None)
+        self.stacked = None if offer is None else offer(masks.model)
+        if self.stacked is not None and at_once is None:
+            self.at_once = len(scores)
+
+    def alone(self, member: int, batch: Any) -> Tensor:
+        """The loss of one member; its gradients are in its scores' ``.grad``. Without vmap."""
+        weights = {n: _effective(la, [self.scores[member][n]]) for n, la in self.masks.layers.items()}
+        with contextlib.ExitStack() as stack:
+            for name, layer in self.masks.layers.items():
+                w_eff, penalty = weights[name]
+                stack.enter_context(layer.serve(self.scores[member][name], w_eff[0], penalty[0]))
+            loss = self.objective(self.masks.model, batch)
+        check_loss(loss)
+        loss.backward()
+        return loss.detach()
+
+    def together(self, first: int, last: int, batches: list[Any], randomness: str) -> Tensor:
+        """The losses [g] of members first ... last - 1, as :meth:`alone`; ``batches`` are theirs, the same object for
+        those that share one. Raises what vmap raises."""
+        layers = self.masks.layers
+        scores = {n: [member[n] for member in self.scores[first:last]] for n in layers}
+        made = {name: _effective(layer, scores[name]) for name, layer in layers.items()}
+        weights = {name: w_eff for name, (w_eff, _) in made.items()}
+        if self.stacked is not None:
+            losses, grads = self.stacked({n: w.detach() for n, w in weights.items()}, _leading(batches))
+            names = [name for name in grads if weights[name].requires_grad]
+            torch.autograd.backward([weights[name] for name in names], [grads[name] for name in names])
+            return losses.detach()
+        leaves, spec, dims = _stacked_batch(batches)
+        model = self.masks.model
+
+        def loss_of(weights: Any, penalties: Any, scores: Any, *leaves: Any) -> Tensor:
+            with contextlib.ExitStack() as stack:
+                for name, layer in layers.items():
+                    stack.enter_context(layer.serve(scores[name], weights[name], penalties[name]))
+                return self.objective(model, tree_unflatten(leaves, spec))
+
+        penalties = {name: penalty for name, (_, penalty) in made.items()}
+        stacks = {name: torch.stack(list(its)) for name, its in scores.items()}
+        run = torch.func.vmap(loss_of, in_dims=(0, 0, 0, *dims), randomness=randomness)
+        with _attention_for_vmap(self.masks):
+            losses = run(weights, penalties, stacks, *leaves)
+        losses.sum().backward()
+        return losses.detach()
+
+    def measure(self, batch: Any) -> None:
+        """Choose ``at_once`` by a pass of one member, of which nothing stays."""
+        if len(self.scores) == 1:
+            self.at_once = 1
+        if self.at_once is not None:
+            return
+        with _count_saved(self.masks.model) as saved:
+            self.alone(0, batch)
+        self.forget(0, 1)
+        bytes_each = max(sum(saved.values()), 1)
+        device = next(iter(self.masks.layers.values())).scores.device
+        fits = SHARE_OF_MEMORY * _free_memory(device) / bytes_each
+        if device.type == "cpu":
+            fits = min(fits, CACHED / bytes_each)
+        self.at_once = int(min(max(fits, 1), len(self.scores)))
+
+    def forget(self, first: int, last: int) -> None:
+        """Drop the gradients of these members."""
+        for member in self.scores[first:last]:
+            for scores in member.values():
+                scores.grad = None
+
+
+def check_loss(loss: Any) -> None:
+    """Raise in words unless this is a 0-d tensor with a gradient."""
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"discover: objective must return a 0-d tensor, got {got}; reduce it, e.g. with .mean()")
+    if not loss.requires_grad:
+        raise ValueError(
+            "discover: the objective's loss does not depend on the scores; compute it with the model it is given, "
+            "without no_grad, detach or argmax"
+        )
+
+
+def _effective(layer: MaskedLayer, scores: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """(effective weights [g, *W], penalties [g]) of these scores over the layer's weight."""
+    pairs = [effective_weight(layer.weight, its, layer.beta, kind=layer.kind) for its in scores]
+    if len(pairs) == 1:
+        return pairs[0][0][None], pairs[0][1][None]
+    w_effs, penalties = zip(*pairs, strict=True)
+    return torch.stack(w_effs), torch.stack(penalties)
+
+
+def _stacked_batch(batches: list[Any]) -> tuple[list[Any], Any, list[int | None]]:
+    """(leaves, their structure, the dimension along which each has one entry per member: None for what all share)."""
+    unique, numbers = unique_batches(batches)
+    leaves, spec = tree_flatten(unique[0])
+    if len(unique) == 1:
+        return leaves, spec, [None] * len(leaves)
+    columns = zip(*(tree_flatten(batch)[0] for batch in unique), strict=True)
+    stacked: list[Any] = []
+    for column in columns:
+        if not isinstance(column[0], Tensor) or all(leaf is column[0] for leaf in column):
+            stacked.append((column[0], None))
+            continue
+        rows = torch.stack(column)
+        is_each_once = numbers == list(range(len(unique)))
+        stacked.append((rows if is_each_once else rows[torch.tensor(numbers, device=rows.device)], 0))
+    return [leaf for leaf, _ in stacked], spec, [dim for _, dim in stacked]
+
+
+def _leading(batches: list[Any]) -> Any:
+    """The members' batches as one, every tensor [g, ...]; a view (stride 0) of what all share."""
+    leaves, spec, dims = _stacked_batch(batches)
+    lead = len(batches)
+    both = zip(leaves, dims, strict=True)
+    return tree_unflatten(
+        [x.expand(lead, *x.shape) if dim is None and isinstance(x, Tensor) else x for x, dim in both], spec
+    )
+
+
+@contextlib.contextmanager
+def _attention_for_vmap(masks: MaskSet) -> Iterator[None]:
+    """torch's attention kernel for CPUs has no batching rule (2.13), its plain expression has."""
+    is_cpu = not masks.is_on_gpu
+    with sdpa_kernel(SDPBackend.MATH) if is_cpu else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes that autograd keeps for the backward passes of what runs inside, by storage, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield saved
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return 2**33
