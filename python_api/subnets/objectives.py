@@ -33,7 +33,8 @@ def kl_to_unmasked(model: nn.Module, batch: Any) -> Tensor:
     """
     with torch.no_grad(), masks_of(model).disabled():
         unmasked = _log_probabilities(model, batch)
-    divergence = F.kl_div(_log_probabilities(model, batch), unmasked, reduction="none", log_target=True).sum(-1)
+    # F.kl_div's own expression: torch.func.vmap has no batching rule for F.kl_div
+    divergence = (unmasked.exp() * (unmasked - _log_probabilities(model, batch))).sum(-1)
     counted = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(counted, Tensor) and counted.shape == divergence.shape:
         weights = counted.to(divergence.dtype)
