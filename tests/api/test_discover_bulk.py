@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from subnets import Discoveries, Discovery, DiscoveryConfig, discover, masks_of, objectives
+from subnets import Discoveries, Discovery, DiscoveryConfig, Subnet, discover, masks_of, objectives
 from subnets.discovery import passes
 from subnets.training.gpt2 import GPT2Shape, LeanGPT2, accuracy, lm_loss
 from torch import Tensor, nn
@@ -287,3 +287,287 @@ def test_usual_objectives_go_through_vmap_without_its_slow_way_and_end_as_alone(
     config = dataclasses.replace(SMALL, epochs=2, lr=0.02)
     many = together(config, model, batches, objective, no_score)
     assert_close(many, alone(config, model, batches, objective, no_score), bound)
+
+
+def test_bf16_autocast_in_the_objective_works_and_ends_near_the_same_alone():
+    """bf16 rounds losses of 3 to 1/64: what rounding alone moves is that much, and masks that differ are undecided."""
+    config = dataclasses.replace(SMALL, epochs=2, lr=0.02)
+    many, ones = (way(config, gpt2, Shuffled(), autocast, no_score) for way in (together, alone))
+    for run, one in zip(many, ones, strict=True):
+        for ours, theirs in zip(run.history, one.history, strict=True):
+            assert abs(ours["loss"] - theirs["loss"]) < 2e-3
+        assert run.subnet.iou(one.subnet) > 0.95
+
+
+def test_an_objective_that_vmap_refuses_runs_one_member_after_the_other_and_says_why():
+    def branching(model: nn.Module, batch) -> Tensor:
+        loss = classify(model, batch)
+        return loss * 2 if loss.item() > 1 else loss
+
+    with pytest.warns(RuntimeWarning, match=r"can't run this objective for 4 members at once .*\.item\(\).* one after"):
+        many = together(SMALL, classifier, Noisy(), branching, no_score)
+    assert_same(many, alone(SMALL, classifier, Noisy(), branching, no_score))
+
+
+def test_an_objective_may_read_scores_masks_and_the_penalty_of_the_member_it_runs_for():
+    def regularised(model: nn.Module, batch) -> Tensor:
+        with masks_of(model).collect_penalty() as penalty:
+            loss = classify(model, batch)
+        spread = sum((torch.sigmoid(layer.beta * layer.scores) - 0.5).pow(2).mean() for layer in (model[0], model[4]))
+        return loss + 1e-3 * penalty() - 0.1 * spread
+
+    config = dataclasses.replace(SMALL, penalties=None, lam=0.0, score_inits=(-0.1, 0.1))
+    assert_close(
+        together(config, classifier, Noisy(), regularised, no_score),
+        alone(config, classifier, Noisy(), regularised, no_score),
+    )
+
+
+def test_an_objective_that_offers_a_stacked_pass_is_served_by_it():
+    class Offering:
+        def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+            return (model(batch) - 1).pow(2).mean()
+
+        def stacked(self, model: nn.Module):
+            bias = model.bias.detach()
+
+            def run(weights: dict[str, Tensor], batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                assert list(weights) == ["weight"] and batch.shape == (4, 16, 4)
+                strides.append(batch.stride(0))
+                error = batch @ weights["weight"].mT + bias - 1  # [G, 16, 3]
+                grads = error.mT @ batch * (2 / error[0].numel())
+                return error.pow(2).mean((1, 2)), {"weight": grads}
+
+            return run
+
+    def linear() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(4, 3)
+
+    for batches, is_shared in (([torch.randn(16, 4)] * 3, True), (lambda epoch: (x for x, _ in Noisy()), False)):
+        strides = []
+        config = dataclasses.replace(SMALL, members_at_once=None)
+        many = together(config, linear, batches, Offering(), no_score)
+        assert_close(many, alone(config, linear, batches, Offering(), no_score))
+        assert len(strides) == 3 * 3 and all((stride == 0) == is_shared for stride in strides)
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def made_up() -> Discoveries:
+    """Two penalties, two seeds, one layer of 8 weights and one of 2; scores as given."""
+    rows = {  # (seed, lam): scores
+        (0, 1.0): [4.0, 3, 2, 1, -1, -2, -3, -4, 5, -5],
+        (0, 8.0): [4.0, -3, -2, -1, -1, -2, -3, 1, -5, -6],
+        (1, 1.0): [4.0, 3, -2, -1, 1, 2, -3, -4, 5, 6],
+        (1, 8.0): [4.0, -3, -2, -1, -1, -2, -3, -4, -5, -6],
+    }
+    runs, scores = [], []
+    for (seed, lam), values in rows.items():
+        its = {"a.weight": torch.tensor(values[:8]).float().view(2, 4), "b.weight": torch.tensor(values[8:]).float().view(1, 2)}
+        masks = {name: s > 0 for name, s in its.items()}
+        density = sum(value > 0 for value in values) / 10
+        best = {"density": density, "score": density + 0.1 * seed}
+        provenance = {"config": {"seed": seed, "lam": lam, "score_init": -0.1}, "best": best}
+        runs.append(Discovery(Subnet(masks, provenance), [best], best))
+        scores.append(its)
+    return Discoveries(runs, scores, [{"lam": 1.0, "score_init": -0.1, "core": 0.25, "union": 0.75}])
+
+
+def test_statistics_of_a_made_up_result_are_those_counted_by_hand():
+    found = made_up()  # sizes 5, 2, 6, 1
+    assert found.seeds == [0, 1] and found.penalties == [1.0, 8.0] and len(found.group(8.0)) == 2
+    first, second = found.curve()
+    assert (first["lam"], first["seeds"], second["lam"]) == (1.0, 2, 8.0)
+    assert first["density"] == pytest.approx(0.55) and second["density"] == pytest.approx(0.15)
+    assert first["density_std"] == pytest.approx(0.1 / 2**0.5) and first["score"] == pytest.approx(0.6)
+    assert found.keep_frequency(1.0)["a.weight"].tolist() == [[1.0, 1.0, 0.5, 0.5], [0.5, 0.5, 0.0, 0.0]]
+    assert found.keep_frequency(1.0)["b.weight"].tolist() == [[1.0, 0.5]]
+    iou = found.iou()
+    assert iou[0].tolist() == pytest.approx([1, 1 / 6, 3 / 8, 1 / 5]) and torch.equal(iou, iou.T)
+    # of layer a (8 weights) seed 0 keeps 4 and seed 1 keeps 4, of layer b (2 weights) 1 and 2
+    expected = (4 * 4 / 8 + 1 * 2 / 2) / (5 + 6 - 3)
+    assert found.expected_iou()[0, 2].item() == pytest.approx(expected)
+    assert found.core(1.0).masks["a.weight"].tolist() == [[True, True, False, False], [False] * 4]
+    assert found.core(1.0).num_kept() == 3 and found.union(1.0).num_kept() == 8
+    assert found.expected_core_density(1.0) == pytest.approx((8 * (4 / 8) ** 2 + 2 * (1 / 2) * (2 / 2)) / 10)
+    assert (found.core(1.0).provenance["score"], found.union(1.0).provenance["score"]) == (0.25, 0.75)
+    assert found.core(8.0).provenance["score"] is None and found.core(8.0).provenance["seeds"] == [0, 1]
+    with pytest.raises(ValueError, match=r"choose one lam of \[1.0, 8.0\]"):
+        found.core()
+    with pytest.raises(ValueError, match=r"lam must be one of \[1.0, 8.0\], got 2.0"):
+        found.group(2.0)
+
+
+def test_the_subnet_at_a_density_has_it_and_is_the_member_at_its_own():
+    found = made_up()
+    for density, member in ((0.5, 0), (0.2, 1)):
+        subnet = found.at_density(density, seed=0)
+        assert subnet.iou(found[member].subnet) == 1 and subnet.density() == density
+    middle = found.at_density(0.3, seed=0)
+    t = np.log(0.3 / 0.2) / np.log(0.5 / 0.2)
+    pairs = zip(found.scores[1].values(), found.scores[0].values(), strict=True)
+    mixed = torch.cat([((1 - t) * low + t * high).flatten() for low, high in pairs])
+    kept = torch.cat([mask.flatten() for mask in middle.masks.values()])
+    assert kept.nonzero().flatten().tolist() == sorted(mixed.topk(3).indices.tolist())
+    assert middle.provenance["between"][0]["lam"] == 8.0 and middle.provenance["t"] == pytest.approx(t)
+    with pytest.raises(ValueError, match=r"must lie on the path, in \[0.2, 0.5\], got 0.6; add penalties"):
+        found.at_density(0.6, seed=0)
+    with pytest.raises(ValueError, match="choose one seed"):
+        found.at_density(0.3)
+
+
+def test_the_subnet_at_a_density_keeps_whole_units():
+    config = dataclasses.replace(SMALL, unit="row", exclude=["4"], penalties=(1e-6, 10.0), seeds=None, epochs=1)
+    found = together(config, classifier, Noisy(), classify, None)
+    low, high = sorted(run.subnet.density() for run in found)
+    subnet = found.at_density((low + high) / 2)
+    rows = subnet.masks["0.weight"].float().mean(1)
+    assert set(rows.tolist()) <= {0.0, 1.0} and abs(rows.mean().item() - (low + high) / 2) <= 1 / 16
+
+
+def test_core_and_union_are_evaluated_and_a_saved_result_comes_back(tmp_path):
+    found = together(dataclasses.replace(EIGHT, epochs=2))
+    assert len(found.shared) == 4
+    for row in found.shared:
+        for name, subnet in (("core", found.core), ("union", found.union)):
+            model = gpt2()
+            with subnet(row["lam"], row["score_init"]).applied(model):
+                assert score(model) == row[name]
+    found.save(tmp_path / "found")
+    again = Discoveries.load(tmp_path / "found")
+    assert again.shared == found.shared and torch.equal(again.iou(), found.iou()) and again.curve(0.05)
+    assert [run.history for run in again] == [run.history for run in found]
+    for ours, theirs in zip(again.scores, found.scores, strict=True):
+        assert all(torch.equal(ours[name], its) for name, its in theirs.items())
+    with pytest.raises(ValueError, match=r"discoveries.json is missing"):
+        Discoveries.load(tmp_path)
+
+
+# --- kills, callbacks, targets, refusals -----------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("target_density", [None, 0.3])
+def test_a_run_killed_after_any_epoch_ends_in_the_same_numbers(tmp_path, target_density):
+    config = dataclasses.replace(SMALL, epochs=4, checkpoint=tmp_path / "c", target_density=target_density)
+    unbroken = together(dataclasses.replace(config, checkpoint=None), classifier, Noisy(), drawing, random_score)
+    for die_at in (0, 2, 3):
+        (tmp_path / "c").unlink(missing_ok=True)
+
+        def stop(row, masks, die_at=die_at):
+            if row["epoch"] == die_at and row["seed"] == 1:
+                raise Stop
+
+        with pytest.raises(Stop):
+            together(config, classifier, Noisy(), drawing, random_score, callbacks=[stop])
+        assert (tmp_path / "c").exists() == (die_at > 0)
+        resumed = together(config, classifier, Noisy(), drawing, random_score)
+        assert_same(resumed, list(unbroken))
+        assert resumed.shared == unbroken.shared
+        for ours, theirs in zip(resumed.scores, unbroken.scores, strict=True):
+            assert all(torch.equal(ours[name], its) for name, its in theirs.items())
+    with pytest.raises(ValueError, match=r"belongs to another discovery, these differ: config.seeds \(\[3, 1\] there"):
+        together(dataclasses.replace(config, seeds=(3, 2)), classifier, Noisy(), drawing, random_score)
+
+
+def test_callbacks_get_each_members_row_settings_and_masks():
+    rows = []
+    many = together(
+        SMALL, classifier, Noisy(), classify, no_score,
+        callbacks=[lambda row, masks: rows.append({**row, "kept": masks.density()})],
+    )  # fmt: skip
+    assert [(r["epoch"], r["seed"], r["lam"]) for r in rows[:5]] == [
+        (0, 3, 1e-4), (0, 3, 1e-2), (0, 1, 1e-4), (0, 1, 1e-2), (1, 3, 1e-4)
+    ]  # fmt: skip
+    assert all(row["kept"] == row["density"] and row["score_init"] == -0.1 for row in rows)
+    assert [set(row) for row in many[0].history] == [
+        {"epoch", "step", "loss", "beta", "density", "undecided", "score"}
+    ] * 3
+
+
+def test_the_network_comes_back_as_it_was_also_after_an_exception():
+    def fail(row, masks):
+        raise Stop
+
+    model = classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for callbacks in ([], [fail]):
+        try:
+            discover(model, Noisy(), classify, SMALL, callbacks=callbacks)
+        except Stop:
+            assert callbacks
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert list(model.state_dict()) == list(before) and all(p.requires_grad for p in model.parameters())
+        assert type(model[0]) is nn.Linear and not [name for name in vars(model[0]) if name == "_given"]
+
+
+def test_how_many_members_share_a_pass_follows_from_what_a_pass_keeps(monkeypatch):
+    counts = []
+
+    def counting(model: nn.Module, batch) -> Tensor:
+        counts.append(1)
+        return classify(model, batch)
+
+    for cached, calls in ((2**30, 3), (1, 12)):  # 3 steps of 4 members, and one pass of one that measures
+        monkeypatch.setattr(passes, "CACHED", cached)
+        counts.clear()
+        config = dataclasses.replace(SMALL, epochs=1, members_at_once=None)
+        together(config, classifier, Noisy(), counting, no_score)
+        assert len(counts) == calls + 1
+
+
+REFUSED = [
+    (dict(seeds=3), TypeError, "seeds must be a list"),
+    (dict(seeds=[0.5]), TypeError, "seeds must be ints"),
+    (dict(seeds=[]), ValueError, "one or more different values"),
+    (dict(penalties=[1e-7, 1e-7]), ValueError, "one or more different values"),
+    (dict(penalties=[-1.0]), ValueError, "penalties must be >= 0"),
+    (dict(score_inits=[float("nan")]), ValueError, "score_inits must be finite"),
+    (dict(members_at_once=0), ValueError, "members_at_once must be >= 1"),
+    (dict(target_density=1.5), ValueError, r"target_density must be in \(0, 1\)"),
+    (dict(target_density=0.1, penalties=[0.0, 1.0]), ValueError, "must be > 0, got 0"),
+    (dict(seeds=[0, 1], cuda_graph=True), ValueError, "captures the step of one discovery"),
+]
+
+
+@pytest.mark.parametrize("settings, error, message", REFUSED)
+def test_a_bad_list_of_members_is_refused_where_it_is_written_down(settings, error, message):
+    with pytest.raises(error, match=message):
+        DiscoveryConfig(**settings)
+
+
+def test_batches_that_several_seeds_cannot_share_are_refused():
+    loader = DataLoader([torch.zeros(4)] * 4, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers has one set of workers"):
+        together(SMALL, classifier, loader, classify, no_score)
+    used = iter(Noisy())
+    with pytest.raises(ValueError, match="gave the same iterator for 2 seeds in epoch 0"):
+        together(SMALL, classifier, lambda epoch: used, classify, no_score)
+
+    class OfAnyLength:
+        def __iter__(self):
+            return ((torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)) for _ in range(int(torch.randint(1, 9, ()))))
+
+    with pytest.raises(ValueError, match="set steps_per_epoch, or run these seeds apart"):
+        together(dataclasses.replace(SMALL, seeds=(0, 1, 2, 3)), classifier, OfAnyLength(), classify, no_score)
+
+
+@pytest.mark.parametrize("is_bulk", [True, False])
+def test_target_density_ends_near_it_from_penalties_that_are_far_off(is_bulk):
+    """Without control these lams end at densities of about .5 and .03."""
+    config = DiscoveryConfig(epochs=30, lr=0.02, lam=1e-6, beta_end=100.0)
+    lams = dict(penalties=(1e-6, 1e-3)) if is_bulk else {}
+    free = [run.best["density"] for run in alone(dataclasses.replace(config, **lams), objective=lm_loss, evaluate=None)]
+    config = dataclasses.replace(config, target_density=0.15, **lams)
+    found = together(config, evaluate=None)
+    runs = list(found) if is_bulk else [found]
+    assert free[0] > 0.25 and (not is_bulk or free[1] < 0.05)
+    for run, one in zip(runs, alone(config, evaluate=None), strict=True):
+        assert run.best["density"] == pytest.approx(0.15, rel=0.2)
+        assert [row["lam"] for row in run.history] == pytest.approx([row["lam"] for row in one.history], rel=1e-4)
+        assert run.history[0]["lam"] == run.settings["lam"] != run.history[-1]["lam"]

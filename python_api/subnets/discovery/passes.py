@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from subnet_kernels.ops.effective_weight import effective_weight
 
@@ -89,7 +91,7 @@ class Passes:
         penalties = {name: penalty for name, (_, penalty) in made.items()}
         stacks = {name: torch.stack(list(its)) for name, its in scores.items()}
         run = torch.func.vmap(loss_of, in_dims=(0, 0, 0, *dims), randomness=randomness)
-        with _attention_for_vmap(self.masks):
+        with _attention_for_vmap(self.masks), _AutocastForVmap():
             losses = run(weights, penalties, stacks, *leaves)
         losses.sum().backward()
         return losses.detach()
@@ -172,6 +174,27 @@ def _attention_for_vmap(masks: MaskSet) -> Iterator[None]:
     is_cpu = not masks.is_on_gpu
     with sdpa_kernel(SDPBackend.MATH) if is_cpu else contextlib.nullcontext():
         yield
+
+
+_LOSSES = (
+    F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss,
+    F.huber_loss,
+)  # fmt: skip
+_ON_CUDA = (F.softmax, F.log_softmax, F.layer_norm, torch.softmax, torch.log_softmax)
+
+
+class _AutocastForVmap(TorchFunctionMode):
+    """Under autocast these take fp32, but vmap takes some of them apart before autocast sees them (2.13)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_cuda = torch.is_autocast_enabled("cuda") and func in _ON_CUDA
+        if on_cuda or (func in _LOSSES and torch._C._is_any_autocast_enabled()):
+            args, kwargs = tree_map(_in_fp32, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _in_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 @contextlib.contextmanager
