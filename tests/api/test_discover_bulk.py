@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 EIGHT = DiscoveryConfig(
     epochs=4, lr=0.02, beta_end=50.0, seeds=(0, 1), penalties=(1e-5, 1e-3), score_inits=(-0.1, 0.05)
 )
-# Losses are about 3, with a unit in the last place of 2.4e-7. The epochs' mean losses of these discoveries, each alone in
-# fp32, differ by up to 2e-7 from the same in fp64; in company they differ by up to 3e-7 from alone, because the same
+# Losses are about 3, with a unit in the last place of 2.4e-7. The epochs' mean losses of these discoveries, each alone
+# in fp32, differ by up to 2e-7 from the same in fp64; in company they differ by up to 3e-7 from alone, because the same
 # products are summed in another order. The bound is four units.
 LOSS_BOUND = 1e-6
 
@@ -66,7 +66,8 @@ def alone(
 
 
 def together(
-    config: DiscoveryConfig, model: Callable[[], nn.Module] = gpt2, batches=None, objective=next_token, evaluate=score, **kw
+    config: DiscoveryConfig, model: Callable[[], nn.Module] = gpt2, batches=None, objective=next_token, evaluate=score,
+    **kw,
 ) -> Discoveries:
     source = Shuffled() if batches is None else batches
     return discover(model(), source, objective, config, evaluate=evaluate, **kw)
@@ -206,7 +207,8 @@ def test_batches_of_different_shapes_go_seed_by_seed():
             return ((torch.randn(size, 4), torch.randint(3, (size,))) for size in sizes)
 
     assert_close(
-        together(SMALL, classifier, Ragged(), classify, no_score), alone(SMALL, classifier, Ragged(), classify, no_score)
+        together(SMALL, classifier, Ragged(), classify, no_score),
+        alone(SMALL, classifier, Ragged(), classify, no_score),
     )
 
 
@@ -217,7 +219,8 @@ def test_coarse_units_annealing_by_step_and_a_mean_penalty_are_as_alone(anneal, 
         SMALL, anneal=anneal, unit=unit, reduction=reduction, penalties=penalties, exclude=["4"], steps_per_epoch=3
     )
     assert_close(
-        together(config, classifier, Noisy(), classify, no_score), alone(config, classifier, Noisy(), classify, no_score)
+        together(config, classifier, Noisy(), classify, no_score),
+        alone(config, classifier, Noisy(), classify, no_score),
     )
 
 
@@ -365,7 +368,8 @@ def made_up() -> Discoveries:
     }
     runs, scores = [], []
     for (seed, lam), values in rows.items():
-        its = {"a.weight": torch.tensor(values[:8]).float().view(2, 4), "b.weight": torch.tensor(values[8:]).float().view(1, 2)}
+        a, b = torch.tensor(values, dtype=torch.float32).split([8, 2])
+        its = {"a.weight": a.view(2, 4), "b.weight": b.view(1, 2)}
         masks = {name: s > 0 for name, s in its.items()}
         density = sum(value > 0 for value in values) / 10
         best = {"density": density, "score": density + 0.1 * seed}
@@ -559,15 +563,15 @@ def test_batches_that_several_seeds_cannot_share_are_refused():
 
 @pytest.mark.parametrize("is_bulk", [True, False])
 def test_target_density_ends_near_it_from_penalties_that_are_far_off(is_bulk):
-    """Without control these lams end at densities of about .5 and .03."""
+    """Without control these lams end at densities of .37 and .03."""
     config = DiscoveryConfig(epochs=30, lr=0.02, lam=1e-6, beta_end=100.0)
-    lams = dict(penalties=(1e-6, 1e-3)) if is_bulk else {}
+    lams = dict(penalties=(1e-6, 1e-4)) if is_bulk else {}
     free = [run.best["density"] for run in alone(dataclasses.replace(config, **lams), objective=lm_loss, evaluate=None)]
     config = dataclasses.replace(config, target_density=0.15, **lams)
     found = together(config, evaluate=None)
     runs = list(found) if is_bulk else [found]
     assert free[0] > 0.25 and (not is_bulk or free[1] < 0.05)
     for run, one in zip(runs, alone(config, evaluate=None), strict=True):
-        assert run.best["density"] == pytest.approx(0.15, rel=0.2)
+        assert run.best["density"] == pytest.approx(0.15, rel=0.1)
         assert [row["lam"] for row in run.history] == pytest.approx([row["lam"] for row in one.history], rel=1e-4)
         assert run.history[0]["lam"] == run.settings["lam"] != run.history[-1]["lam"]

@@ -30,7 +30,7 @@ from ..training.seeds import seed_for
 from .bar import Bar
 from .checkpoint import CheckpointFile
 from .config import DiscoveryConfig
-from .control import density_control, soft_density
+from .control import density_at_end, density_control
 from .data import EpochData, EpochOfSeeds, can_stack
 from .discoveries import Discoveries
 from .passes import Passes
@@ -50,7 +50,7 @@ class BulkRun:
         self.seeds = tuple(dict.fromkeys(member.seed for member in self.members))
         self.seed_of = [self.seeds.index(member.seed) for member in self.members]  # members of a seed are neighbours
         self.random_state = random_state
-        self.control = density_control(masks, config)
+        self.control = density_control(config)
         self.scores = MemberScores(masks, [member.score_init for member in self.members])
         self.optimizer = _optimizer(masks, self.scores, self.members)
         self.passes = Passes(masks, self.scores.members, objective, config.members_at_once)
@@ -86,7 +86,7 @@ class BulkRun:
                 with streams.at(self.seed_of[number], advance=False):
                     record.finish_epoch(epoch, by_member[number], lams[number], label, self.file.path)
                 if self.control is not None:
-                    self.control.update(number, epoch + 1, soft_density(self.masks))
+                    self.control.update(number, density_at_end(self.masks, self.config.beta_end))
             self.file.save({"at_once": self.passes.at_once, "by_seed": self.passes.by_seed})
 
     def _set_lams(self) -> list[float]:

@@ -2,8 +2,8 @@
 
 Tensors, by member (0 if there is but one) and weight's name: ``scores/0/<name>``, ``exp_avg/...``, ``exp_avg_sq/...``
 (scores' shape) and ``best/...`` (the best hard mask so far, one bit per weight); ``best_scores/...`` where they are
-asked for later. Metadata (JSON): what it is a checkpoint of, histories, best epochs, lams under control, checksum.
-Random numbers need no place: every epoch seeds its own from (seed, epoch).
+asked for later. Metadata (JSON): what it is a checkpoint of, histories, best epochs, the state of a control of lam,
+checksum. Random numbers need no place: every epoch seeds its own from (seed, epoch).
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ class CheckpointFile:
         state = {
             "format": FORMAT, "identity": self.identity, "beta": self.masks.beta, "steps": steps,
             "members": [{"history": record.history, "best": record.best} for record in self.records],
-            "lams": None if self.control is None else self.control.lams, "more": more or {},
+            "control": None if self.control is None else self.control.state(), "more": more or {},
         }  # fmt: skip
         text = json.dumps(state, allow_nan=False)
         save_tensors(self.path, tensors, {"state": text, "checksum": _checksum(text, tensors)})
 
     def load(self) -> dict[str, Any]:
-        """Put scores, moments, records and lams in place, if there is a file; returns what :meth:`save` was given.
+        """Put scores, moments, records and control in place, if there is a file; returns what :meth:`save` was given.
 
         Raises:
             ValueError: damaged, or of another discovery (the differing keys are named). Nothing is changed then.
@@ -110,7 +110,7 @@ class CheckpointFile:
                 }
         self.masks.beta = state["beta"]
         if self.control is not None:
-            self.control.lams = state["lams"]
+            self.control.restore(state["control"])
         return state["more"]
 
 

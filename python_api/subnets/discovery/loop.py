@@ -16,7 +16,7 @@ from .bar import Bar
 from .bulk import BulkRun
 from .checkpoint import CheckpointFile
 from .config import DiscoveryConfig
-from .control import density_control, soft_density
+from .control import density_at_end, density_control
 from .data import Batches, EpochData
 from .passes import check_loss
 from .random_state import RandomState
@@ -153,7 +153,7 @@ class _Run:
     ) -> None:
         self.masks, self.data, self.objective, self.config = masks, data, objective, config
         self.random_state = random_state
-        self.control = density_control(masks, config)
+        self.control = density_control(config)
         self.optimizer = masks.adamw(
             config.lr, weight_decay=config.weight_decay, lam=lam_per_weight(masks, config, config.lam),
             capturable=config.cuda_graph,
@@ -184,7 +184,7 @@ class _Run:
             self.data.check_count(epoch, len(losses))
             self.record.finish_epoch(epoch, torch.stack(losses), lam, {}, self.file.path)
             if self.control is not None:
-                self.control.update(0, epoch + 1, soft_density(self.masks))
+                self.control.update(0, density_at_end(self.masks, self.config.beta_end))
             self.file.save()
 
     def _train(self, epoch: int, bar: Bar) -> list[Tensor]:
