@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -241,10 +240,7 @@ class Discoveries(Sequence[Discovery]):
         path = Path(folder) / "discoveries.json"
         if not path.exists():
             raise ValueError(f"Discoveries.load: {path} is missing; pass a folder that Discoveries.save wrote")
-        try:
-            facts = read_json(path)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Discoveries.load: {path} is damaged ({error})") from None
+        facts = read_json(path)
         if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
             raise ValueError(f"Discoveries.load: {path} is not of format {_FORMAT!r}")
         runs = [

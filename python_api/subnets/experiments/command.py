@@ -13,6 +13,7 @@ from pathlib import Path
 EXPERIMENTS = {
     "arithmetic": "subnets.experiments.arithmetic.command",
     "arithmetic-sensitivity": "subnets.experiments.arithmetic.sensitivity",
+    "arithmetic-stability": "subnets.experiments.arithmetic.stability",
 }
 
 

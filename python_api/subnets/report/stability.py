@@ -1,0 +1,259 @@
+"""How stable a discovery in bulk is: tables and figures of :class:`subnets.Discoveries`, as parts of a page.
+
+Groups of one seed have no spread and share everything with themselves: three seeds or more say something.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from subnets.discovery import Discoveries
+from subnets.report.page import Table, image
+from subnets.training.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_NUMBERED = 12  # members up to which an IoU matrix has its numbers written in
+MOST_MAPS = 16  # layers whose keep frequency is shown weight by weight
+
+
+def agreement(found: Discoveries) -> list[dict[str, Any]]:
+    """One dict per group (lam, score_init), by rising lam: what its seeds agree on.
+
+    lam, score_init, seeds (their number); density, density_std, score, score_std: of the seeds' subnets; iou,
+    expected_iou: mean over pairs of seeds, and for random subnets with as many weights in each layer; core, union,
+    expected_core: densities of what all seeds keep, what any keeps, and what random ones would all keep; shared: the
+    core's share of a subnet (core / density); core_score, union_score. None where it is not known: no evaluate, or one
+    seed.
+    """
+    rows = []
+    iou, expected = found.iou(), found.expected_iou()
+    for score_init in found.score_inits:
+        for point in found.curve(score_init):
+            lam = point["lam"]
+            wanted = {"lam": lam, "score_init": score_init}
+            members = [i for i, run in enumerate(found) if all(run.settings[k] == v for k, v in wanted.items())]
+            pairs = [(a, b) for a in members for b in members if a < b]
+            core, union = found.core(lam, score_init), found.union(lam, score_init)
+            rows.append({
+                **point, "score_init": score_init,
+                "iou": _mean([float(iou[pair]) for pair in pairs]),
+                "expected_iou": _mean([float(expected[pair]) for pair in pairs]),
+                "core": core.density(), "union": union.density(),
+                "expected_core": found.expected_core_density(lam, score_init),
+                "shared": core.density() / point["density"] if point["density"] else None,
+                "core_score": core.provenance["score"], "union_score": union.provenance["score"],
+            })  # fmt: skip
+    return sorted(rows, key=lambda row: row["lam"])
+
+
+def path_table(found: Discoveries) -> Table:
+    """Density and score per penalty, mean and standard deviation over seeds."""
+    rows = [
+        [*_name(row), str(row["seeds"]), _spread(row, "density"), _spread(row, "score")] for row in agreement(found)
+    ]
+    return Table(
+        "The path: density and score of the seeds' subnets (mean ± standard deviation)",
+        ["lambda", "initial score", "seeds", "density", "score"],
+        rows,
+    )
+
+
+def agreement_table(found: Discoveries) -> Table:
+    """What the seeds share, and beside it what random subnets of the same size in each layer would share."""
+    rows = [
+        [
+            *_name(row), _text(row["iou"]), _text(row["expected_iou"]), _text(row["shared"]),
+            _text(row["expected_core"] / row["density"] if row["density"] else None), _text(row["core"]),
+            _text(row["core_score"]), _text(row["union"]), _text(row["union_score"]),
+        ]
+        for row in agreement(found)
+    ]  # fmt: skip
+    head = [
+        "lambda", "initial score", "IoU of two seeds", "of random ones", "share of a subnet in all seeds",
+        "of random ones", "intersection: density", "score", "union: density", "score",
+    ]  # fmt: skip
+    return Table("What all seeds share", head, rows)
+
+
+def layer_table(found: Discoveries, lam: float | None = None, score_init: float | None = None) -> Table:
+    """Per layer of one group: mean density, what all seeds keep of it, and what they would at random."""
+    masks = [run.subnet.masks for run in found.group(lam, score_init)]
+    frequencies = found.keep_frequency(lam, score_init)
+    rows = []
+    for name, frequency in frequencies.items():
+        shares = [float(mask[name].float().mean()) for mask in masks]
+        core = float((frequency == 1).float().mean())
+        rows.append([name, _text(sum(shares) / len(shares)), _text(core), _text(math.prod(shares))])
+    return Table(
+        f"Per layer{_of_group(found, lam, score_init)}",
+        ["weight", "density", "kept by all seeds", "at random"],
+        rows,
+    )
+
+
+def keep_counts(found: Discoveries, lam: float | None = None, score_init: float | None = None) -> tuple[Tensor, Tensor]:
+    """(observed, expected): fp64 [seeds + 1], the share of all masked weights that exactly k of a group's seeds keep;
+    expected if each seed kept as many weights of each layer at random (independent draws: Poisson-binomial)."""
+    masks = [run.subnet.masks for run in found.group(lam, score_init)]
+    observed = torch.zeros(len(masks) + 1, dtype=torch.float64)
+    expected = torch.zeros_like(observed)
+    for name in masks[0]:
+        kept = torch.stack([mask[name].flatten() for mask in masks])
+        observed += torch.bincount(kept.sum(0), minlength=len(masks) + 1).double()
+        chances = torch.zeros_like(expected)
+        chances[0] = 1.0
+        for share in kept.double().mean(1):
+            chances = chances * (1 - share) + torch.cat([chances.new_zeros(1), chances[:-1]]) * share
+        expected += chances * kept.shape[1]
+    return observed / observed.sum(), expected / expected.sum()
+
+
+def stability_parts(found: Discoveries, figures: Path) -> list[str]:
+    """Tables and figures of the whole result as parts of a page (:func:`subnets.report.page.page`); the figures are
+    written to the folder ``figures`` as PNG too. Per-layer parts show the group with the middle penalty."""
+    middle = sorted(found.penalties)[len(found.penalties) // 2], found.score_inits[0]
+    drawn = {
+        "path": (_path_figure(found), "Density against score: one point per penalty, bars are one standard deviation."),
+        "keep_frequency": (
+            _histogram(found), "How many seeds keep a weight, and how many would if each kept as many at random."
+        ),
+        "keep_maps": (
+            _keep_maps(found, *middle),
+            f"Keep frequency of each weight{_of_group(found, *middle)}: white no seed, dark all; a row is an output.",
+        ),
+        "iou": (_iou_figure(found), "IoU of every two subnets; right: of random ones with as many weights per layer."),
+    }  # fmt: skip
+    parts = [path_table(found).html(), agreement_table(found).html()]
+    for name, (figure, caption) in drawn.items():
+        parts.append(image(_save(figure, figures / f"{name}.png"), caption))
+    return [*parts, layer_table(found, *middle).html()]
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _path_figure(found: Discoveries) -> Figure:
+    figure, (axes,) = _new_figure(1, 6.4, 4.2)
+    for score_init in found.score_inits:
+        points = found.curve(score_init)
+        has_score = all(point["score"] is not None for point in points)
+        x = [point["density"] if has_score else point["lam"] for point in points]
+        y = [point["score"] if has_score else point["density"] for point in points]
+        x_error = [point["density_std"] for point in points] if has_score else None
+        y_error = [point["score_std" if has_score else "density_std"] for point in points]
+        label = f"initial score {score_init:g}"
+        axes.errorbar(x, y, y_error, x_error, marker="o", markersize=4, capsize=3, label=label)
+        for point, x_at, y_at in zip(points, x, y, strict=True):
+            axes.annotate(f"λ={point['lam']:g}", (x_at, y_at), textcoords="offset points", xytext=(5, 5), fontsize=7)
+        axes.set_xlabel("density" if has_score else "lambda")
+        axes.set_ylabel("score (evaluate)" if has_score else "density")
+        if min(x) > 0:
+            axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    if len(found.score_inits) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _histogram(found: Discoveries) -> Figure:
+    groups = list(product(sorted(found.penalties), found.score_inits))
+    figure, all_axes = _new_figure(len(groups), 3.2, 3.2)
+    for axes, group in zip(all_axes, groups, strict=True):
+        observed, expected = keep_counts(found, *group)
+        places = torch.arange(len(observed)).double()
+        axes.bar((places - 0.2).tolist(), observed.tolist(), 0.4, label="found", color="#0072b2")
+        axes.bar((places + 0.2).tolist(), expected.tolist(), 0.4, label="at random", color="#bbbbbb")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-6, 1.5)
+        axes.set_xlabel("seeds that keep a weight")
+        axes.set_title(f"λ={group[0]:g}" + (f", init {group[1]:g}" if len(found.score_inits) > 1 else ""), fontsize=9)
+    all_axes[0].set_ylabel("share of all weights")
+    all_axes[0].legend(fontsize=7)
+    return figure
+
+
+def _keep_maps(found: Discoveries, lam: float, score_init: float) -> Figure:
+    frequencies = list(found.keep_frequency(lam, score_init).items())[:MOST_MAPS]
+    columns = min(len(frequencies), 4)
+    figure, all_axes = _new_figure(columns, 2.6, 2.2, rows=-(-len(frequencies) // columns))
+    for axes in all_axes:
+        axes.set_axis_off()
+    for axes, (name, frequency) in zip(all_axes, frequencies, strict=False):
+        axes.imshow(frequency.reshape(len(frequency), -1).numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(name, fontsize=7)
+    return figure
+
+
+def _iou_figure(found: Discoveries) -> Figure:
+    side = min(3.0 + 0.3 * len(found), 8.0)
+    figure, (left, right) = _new_figure(2, side, side)
+    labels = [_label(found, run.settings) for run in found]
+    for axes, matrix, title in ((left, found.iou(), "found"), (right, found.expected_iou(), "random, same sizes")):
+        axes.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(found)), labels, fontsize=6)
+        if len(found) <= MOST_NUMBERED:
+            for (row, column) in product(range(len(found)), repeat=2):
+                value = float(matrix[row, column])
+                color = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    return figure
+
+
+def _new_figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+    write_bytes(path, stream.getvalue())
+    return path
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _name(row: dict[str, Any]) -> list[str]:
+    return [f"{row['lam']:g}", f"{row['score_init']:g}"]
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:.4f} ± {row[f'{name}_std']:.4f}"
+
+
+def _of_group(found: Discoveries, lam: float | None, score_init: float | None) -> str:
+    settings = found.group(lam, score_init)[0].settings
+    return f", lambda {settings['lam']:g}, initial score {settings['score_init']:g}"
+
+
+def _label(found: Discoveries, settings: dict[str, Any]) -> str:
+    """What tells this member from the others."""
+    shown = {"seed": found.seeds, "lam": found.penalties, "score_init": found.score_inits}
+    parts = [f"{name} {settings[name]:g}" for name, values in shown.items() if len(values) > 1]
+    return ", ".join(parts) or "alone"
