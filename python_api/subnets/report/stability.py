@@ -198,14 +198,16 @@ def _keep_maps(found: Discoveries, lam: float, score_init: float) -> Figure:
 def _iou_figure(found: Discoveries) -> Figure:
     side = min(3.0 + 0.3 * len(found), 8.0)
     figure, (left, right) = _new_figure(2, side, side)
-    labels = [_label(found, run.settings) for run in found]
-    for axes, matrix, title in ((left, found.iou(), "found"), (right, found.expected_iou(), "random, same sizes")):
+    order = sorted(range(len(found)), key=lambda i: [found[i].settings[n] for n in ("score_init", "lam", "seed")])
+    labels = [_label(found, found[i].settings) for i in order]
+    for axes, full, title in ((left, found.iou(), "found"), (right, found.expected_iou(), "random, same sizes")):
+        matrix = full[order][:, order]
         axes.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
         axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(found)), labels, fontsize=6)
         if len(found) <= MOST_NUMBERED:
-            for (row, column) in product(range(len(found)), repeat=2):
+            for row, column in product(range(len(found)), repeat=2):
                 value = float(matrix[row, column])
                 color = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
@@ -223,7 +225,7 @@ def _new_figure(columns: int, width: float, height: float, rows: int = 1) -> tup
 
 def _save(figure: Figure, path: Path) -> Path:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None}, bbox_inches="tight")
     write_bytes(path, stream.getvalue())
     return path
 
