@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from subnet_kernels.masks import expand_scores
-from subnet_kernels.optim import MaskAdamW, Masked, bind_scores
+from subnet_kernels.optim import MaskAdamW, bind_masks
 from subnet_kernels.packing import unpack_mask
 
 from ..masking import MaskSet
@@ -52,12 +52,12 @@ class BulkRun:
         self.random_state = random_state
         self.control = density_control(config)
         self.scores = MemberScores(masks, [member.score_init for member in self.members])
-        self.optimizer = _optimizer(masks, self.scores, self.members)
-        self.passes = Passes(masks, self.scores.members, objective, config.members_at_once)
+        self.optimizer = _optimizer(masks, self.scores.stacks, self.members)
+        self.passes = Passes(masks, self.scores.stacks, objective, config.members_at_once)
         keeps_scores = config.penalties is not None and len(config.penalties) > 1  # for Discoveries.at_density
         self.records = [Record(masks, member, evaluate, callbacks, keeps_scores) for member in self.members]
         self.file = CheckpointFile(
-            config, evaluate, masks, self.scores.members, self.optimizer, self.records, self.control
+            config, evaluate, masks, self.scores.stacks, self.optimizer, self.records, self.control
         )
         found = self.file.load()
         if found and config.members_at_once is None:
@@ -93,8 +93,8 @@ class BulkRun:
         """Each member's lam in this epoch."""
         if self.control is None:
             return [member.lam for member in self.members]
-        for group, lam in zip(self.optimizer.param_groups, self.control.lams, strict=True):
-            group["lam"] = lam_per_weight(self.masks, self.config, lam)
+        lams = [lam_per_weight(self.masks, self.config, lam) for lam in self.control.lams]
+        self.optimizer.param_groups[0]["lam"] = lams
         return list(self.control.lams)
 
     def _train(self, epoch: int, streams: Streams, bar: Bar) -> list[Tensor]:
@@ -124,7 +124,7 @@ class BulkRun:
             else:
                 self.passes.by_seed = True
             streams.states = before
-            self.passes.forget(0, len(self.members))
+            self.passes.forget()
             losses = self._passes(batches, streams)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -219,30 +219,30 @@ class _CanNotShare(Exception):
 
 
 class MemberScores:
-    """The scores of all members: one tensor [G, *scores' shape] per layer, of which each member's are a view.
+    """The scores of all members: one parameter [G, *scores' shape] per layer.
 
     Attributes:
-        members: per member, the weight's name -> its scores.
+        stacks: the weight's name -> scores [G, *scores' shape].
     """
 
     def __init__(self, masks: MaskSet, score_inits: Sequence[float]) -> None:
         self.masks = masks
-        self.members: list[dict[str, nn.Parameter]] = [{} for _ in score_inits]
+        self.stacks: dict[str, nn.Parameter] = {}
         for name, layer in masks.layers.items():
             own = layer.scores  # strides as they are: dense, in the weight's memory order
             stack = torch.empty_strided(
                 (len(score_inits), *own.shape), (own.numel(), *own.stride()), dtype=own.dtype, device=own.device
             )
-            masked = Masked(layer.weight, layer.beta, layer.kind, _no_slot, layer.passes_transposed)  # pyright: ignore
-            for member, scores, init in zip(self.members, stack.detach(), score_inits, strict=True):
-                member[name] = nn.Parameter(scores.fill_(init))
-                bind_scores(member[name], masked)
+            for scores, init in zip(stack, score_inits, strict=True):
+                scores.fill_(init)
+            self.stacks[name] = nn.Parameter(stack)
+            bind_masks(self.stacks[name], layer.weight, layer.beta, layer.kind)
 
     def load(self, number: int) -> None:
         """Put a member's scores into the masks."""
         with torch.no_grad():
             for name, layer in self.masks.layers.items():
-                layer.scores.copy_(self.members[number][name])
+                layer.scores.copy_(self.stacks[name][number])
         self.masks.invalidate()
 
     @staticmethod
@@ -264,22 +264,15 @@ class MemberScores:
 
     @torch.no_grad()
     def _mean(self, which: Callable[[Any, Tensor], Tensor]) -> float:
-        layers = self.masks.layers
-        counts = [
-            int(which(layers[name], its).sum()) * layers[name].weights_per_score
-            for member in self.members for name, its in member.items()
-        ]  # fmt: skip
-        return sum(counts) / max(len(self.members) * sum(layer.weight.numel() for layer in layers.values()), 1)
+        kept = total = 0
+        for name, layer in self.masks.layers.items():
+            scores = self.stacks[name]
+            kept += int(which(layer, scores).sum()) * layer.weights_per_score
+            total += len(scores) * layer.weight.numel()
+        return kept / max(total, 1)
 
 
-def _no_slot() -> None:
-    """These scores' effective weights outlive no step."""
-
-
-def _optimizer(masks: MaskSet, scores: MemberScores, members: Sequence[DiscoveryConfig]) -> MaskAdamW:
-    """The optimizer of a discovery alone, one group of parameters with its own lam per member."""
-    groups = [
-        {"params": list(its.values()), "lam": lam_per_weight(masks, member, member.lam)}
-        for its, member in zip(scores.members, members, strict=True)
-    ]
-    return MaskAdamW(groups, members[0].lr, weight_decay=members[0].weight_decay)
+def _optimizer(masks: MaskSet, scores: dict[str, nn.Parameter], members: Sequence[DiscoveryConfig]) -> MaskAdamW:
+    """The optimizer of a discovery alone, with each member's own lam."""
+    lams = [lam_per_weight(masks, member, member.lam) for member in members]
+    return MaskAdamW(scores.values(), members[0].lr, weight_decay=members[0].weight_decay, lam=lams)

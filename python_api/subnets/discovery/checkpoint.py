@@ -1,9 +1,10 @@
 """The checkpoint of a discovery: one safetensors file, replaced after every epoch, checked in full before it is used.
 
-Tensors, by member (0 if there is but one) and weight's name: ``scores/0/<name>``, ``exp_avg/...``, ``exp_avg_sq/...``
-(scores' shape) and ``best/...`` (the best hard mask so far, one bit per weight); ``best_scores/...`` where they are
-asked for later. Metadata (JSON): what it is a checkpoint of, histories, best epochs, the state of a control of lam,
-checksum. Random numbers need no place: every epoch seeds its own from (seed, epoch).
+Tensors by weight's name: ``scores/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` (scores' shape, in bulk with all
+members in front), and by member (0 if there is but one) and name ``best/0/<name>`` (the best hard mask so far, one bit
+per weight) and, where they are asked for later, ``best_scores/0/<name>``. Metadata (JSON): what it is a checkpoint of,
+histories, best epochs, the state of a control of lam, checksum. Random numbers need no place: every epoch seeds its own
+from (seed, epoch).
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ class CheckpointFile:
 
     Args:
         config: with ``config.checkpoint`` None, loading and saving do nothing.
-        scores: each member's scores by weight's name; the optimizer's parameters.  records: each member's.
+        scores: the optimizer's parameters by weight's name, in bulk [G, ...] of all members.  records: each member's.
         control: of target_density, or None.
     """
 
     def __init__(
-        self, config: DiscoveryConfig, evaluate: object, masks: MaskSet, scores: Sequence[Mapping[str, Tensor]],
+        self, config: DiscoveryConfig, evaluate: object, masks: MaskSet, scores: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer, records: Sequence[Record], control: DensityControl | None,
     ) -> None:
         self.path = None if config.checkpoint is None else Path(config.checkpoint)
         self.masks, self.optimizer, self.records, self.control = masks, optimizer, records, control
-        self.scores = {f"{i}/{name}": its for i, member in enumerate(scores) for name, its in member.items()}
+        self.scores = scores
         self.identity: dict[str, Any] = {}
         if self.path is not None:
             self.identity = identity(masks, {**config.record(), "has_evaluate": evaluate is not None})

@@ -161,7 +161,7 @@ class _Run:
         self.step = ReplayedStep(self._step, masks, self.optimizer) if config.cuda_graph else self._step
         self.record = Record(masks, config, evaluate, callbacks)
         scores = {name: layer.scores for name, layer in masks.layers.items()}
-        self.file = CheckpointFile(config, evaluate, masks, [scores], self.optimizer, [self.record], self.control)
+        self.file = CheckpointFile(config, evaluate, masks, scores, self.optimizer, [self.record], self.control)
         self.file.load()
 
     @property

@@ -26,7 +26,7 @@ from ..masking import MaskSet
 from ..nn import MaskedLayer
 from .data import unique_batches
 
-Scores = list[dict[str, nn.Parameter]]  # one dict per member: the weight's name -> scores
+Scores = dict[str, nn.Parameter]  # the weight's name -> [G, *scores' shape]
 
 # of 8 members on one core of an AVX-512 CPU: batches whose activations take 1 MiB per member or more are fastest one
 # member at a time, smaller ones the more of them share a pass (docs/discovery.md).
@@ -50,73 +50,91 @@ class Passes:
     def __init__(self, masks: MaskSet, scores: Scores, objective: Callable[..., Tensor], at_once: int | None) -> None:
         self.masks, self.scores, self.objective = masks, scores, objective
         self.at_once, self.by_seed = at_once, False
+        self.num_members = len(next(iter(scores.values())))
         offer: Callable[[nn.Module], Any] | None = getattr(objective, "stacked", None)
         self.stacked = None if offer is None else offer(masks.model)
         if self.stacked is not None and at_once is None:
-            self.at_once = len(scores)
+            self.at_once = self.num_members
 
     def alone(self, member: int, batch: Any) -> Tensor:
-        """The loss of one member; its gradients are in its scores' ``.grad``. Without vmap."""
-        weights = {n: _effective(la, [self.scores[member][n]]) for n, la in self.masks.layers.items()}
+        """The loss of one member; its gradients are in its part of the scores' ``.grad``. Without vmap."""
+        parts = self._parts(member)
         with contextlib.ExitStack() as stack:
             for name, layer in self.masks.layers.items():
-                w_eff, penalty = weights[name]
-                stack.enter_context(layer.serve(self.scores[member][name], w_eff[0], penalty[0]))
+                stack.enter_context(layer.serve(parts[name], *_effective(layer, parts[name])))
             loss = self.objective(self.masks.model, batch)
         check_loss(loss)
         loss.backward()
+        self._keep_gradients(member, parts)
         return loss.detach()
 
     def together(self, first: int, last: int, batches: list[Any], randomness: str) -> Tensor:
         """The losses [g] of members first ... last - 1, as :meth:`alone`; ``batches`` are theirs, the same object for
         those that share one. Raises what vmap raises."""
         layers = self.masks.layers
-        scores = {n: [member[n] for member in self.scores[first:last]] for n in layers}
-        made = {name: _effective(layer, scores[name]) for name, layer in layers.items()}
+        parts = self._parts(slice(first, last))
+        made = {name: _effective(layer, parts[name]) for name, layer in layers.items()}
         weights = {name: w_eff for name, (w_eff, _) in made.items()}
         if self.stacked is not None:
             losses, grads = self.stacked({n: w.detach() for n, w in weights.items()}, _leading(batches))
-            names = [name for name in grads if weights[name].requires_grad]
-            torch.autograd.backward([weights[name] for name in names], [grads[name] for name in names])
-            return losses.detach()
-        leaves, spec, dims = _stacked_batch(batches)
-        model = self.masks.model
-
-        def loss_of(weights: Any, penalties: Any, scores: Any, *leaves: Any) -> Tensor:
-            with contextlib.ExitStack() as stack:
-                for name, layer in layers.items():
-                    stack.enter_context(layer.serve(scores[name], weights[name], penalties[name]))
-                return self.objective(model, tree_unflatten(leaves, spec))
-
-        penalties = {name: penalty for name, (_, penalty) in made.items()}
-        stacks = {name: torch.stack(list(its)) for name, its in scores.items()}
-        run = torch.func.vmap(loss_of, in_dims=(0, 0, 0, *dims), randomness=randomness)
-        with _attention_for_vmap(self.masks), _AutocastForVmap():
-            losses = run(weights, penalties, stacks, *leaves)
-        losses.sum().backward()
+            torch.autograd.backward([weights[name] for name in grads], list(grads.values()))
+        else:
+            losses = self._vmapped(parts, made, batches, randomness)
+            losses.sum().backward()
+        self._keep_gradients(slice(first, last), parts)
         return losses.detach()
+
+    def _vmapped(
+        self, parts: dict[str, Tensor], made: dict[str, tuple[Tensor, Tensor]], batches: list[Any], randomness: str
+    ) -> Tensor:
+        leaves, spec, dims = _stacked_batch(batches)
+
+        def loss_of(scores: dict[str, Tensor], made: dict[str, tuple[Tensor, Tensor]], *leaves: Any) -> Tensor:
+            with contextlib.ExitStack() as stack:
+                for name, layer in self.masks.layers.items():
+                    stack.enter_context(layer.serve(scores[name], *made[name]))
+                return self.objective(self.masks.model, tree_unflatten(leaves, spec))
+
+        run = torch.func.vmap(loss_of, in_dims=(0, 0, *dims), randomness=randomness)
+        with _attention_for_vmap(self.masks), _AutocastForVmap():
+            return run(parts, made, *leaves)
+
+    def _parts(self, which: int | slice) -> dict[str, Tensor]:
+        """These members' scores as leaves of their own, so that a pass makes gradients of no others."""
+        return {name: scores.detach()[which].requires_grad_() for name, scores in self.scores.items()}
+
+    def _keep_gradients(self, which: int | slice, parts: dict[str, Tensor]) -> None:
+        for name, scores in self.scores.items():
+            grad = parts[name].grad
+            if grad is None:
+                continue  # this pass did not run the layer
+            if grad.shape == scores.shape and grad.stride() == scores.stride():
+                scores.grad = grad
+                continue
+            if scores.grad is None:
+                scores.grad = torch.zeros_like(scores)
+            scores.grad[which] = grad
 
     def measure(self, batch: Any) -> None:
         """Choose ``at_once`` by a pass of one member, of which nothing stays."""
-        if len(self.scores) == 1:
+        if self.num_members == 1:
             self.at_once = 1
         if self.at_once is not None:
             return
         with _count_saved(self.masks.model) as saved:
             self.alone(0, batch)
-        self.forget(0, 1)
+        self.forget()
         bytes_each = max(sum(saved.values()), 1)
         device = next(iter(self.masks.layers.values())).scores.device
         fits = SHARE_OF_MEMORY * _free_memory(device) / bytes_each
         if device.type == "cpu":
             fits = min(fits, CACHED / bytes_each)
-        self.at_once = int(min(max(fits, 1), len(self.scores)))
+        self.at_once = int(min(max(fits, 1), self.num_members))
 
-    def forget(self, first: int, last: int) -> None:
-        """Drop the gradients of these members."""
-        for member in self.scores[first:last]:
-            for scores in member.values():
-                scores.grad = None
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for scores in self.scores.values():
+            scores.grad = None
 
 
 def check_loss(loss: Any) -> None:
@@ -131,13 +149,9 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def _effective(layer: MaskedLayer, scores: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """(effective weights [g, *W], penalties [g]) of these scores over the layer's weight."""
-    pairs = [effective_weight(layer.weight, its, layer.beta, kind=layer.kind) for its in scores]
-    if len(pairs) == 1:
-        return pairs[0][0][None], pairs[0][1][None]
-    w_effs, penalties = zip(*pairs, strict=True)
-    return torch.stack(w_effs), torch.stack(penalties)
+def _effective(layer: MaskedLayer, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(effective weights [g, *W], penalties [g]) of scores [g, *S] over the layer's weight; ([*W], 0-d) of [*S]."""
+    return effective_weight(layer.weight, scores, layer.beta, kind=layer.kind)
 
 
 def _stacked_batch(batches: list[Any]) -> tuple[list[Any], Any, list[int | None]]:
