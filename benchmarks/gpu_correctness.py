@@ -182,7 +182,7 @@ def _inputs(
     return weights, scores
 
 
-def _worst(
+def effective_weights_error(
     weights: list[Tensor], scores: list[Tensor], beta: float, kind: MaskKind, w_effs: list[Tensor], penalties: Tensor
 ) -> float:
     """Worst error of w_effs and penalties as a multiple of the allowed one; NaN (an unwritten element) is infinite."""
@@ -223,7 +223,7 @@ def effective_weights_checks(backend: str, device: str, seed: int) -> Iterator[C
     def worst(
         inputs: tuple[list[Tensor], list[Tensor]], dtype: torch.dtype, beta: float = 3.0, kind: MaskKind = sigmoid
     ) -> float:
-        return _worst(*inputs, beta, kind, *_run(backend, *inputs, beta, kind, dtype))
+        return effective_weights_error(*inputs, beta, kind, *_run(backend, *inputs, beta, kind, dtype))
 
     for w_name, w_dtype in DTYPES.items():
         for o_name, o_dtype in DTYPES.items():
@@ -267,7 +267,8 @@ def graph_check(backend: str, device: str, seed: int) -> Iterator[Check]:
     beta.fill_(5.0)
     replay()
     torch.cuda.synchronize()
-    yield f"{backend}, replayed graph sees new scores and beta", _worst(weights, scores, 5.0, kind, out, penalties[0])
+    worst = effective_weights_error(weights, scores, 5.0, kind, out, penalties[0])
+    yield f"{backend}, replayed graph sees new scores and beta", worst
 
 
 PRODUCT_SIZES = (  # m, n, k: one tile and many, tails of every size, more tiles than processors, sums in parts

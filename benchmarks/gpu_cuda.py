@@ -32,11 +32,11 @@ BLOCK = 4096  # elements per thread block (csrc/cuda/kernels.h): sizes around it
 SHAPES = ((1,), (7, 1), (31, 33), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (0, 5), (257, 389), (64, 3, 3, 3))
 
 
-def _equal(pairs: list[tuple[Tensor, Tensor]]) -> float:
+def equal_error(pairs: list[tuple[Tensor, Tensor]]) -> float:
     return 0.0 if all(torch.equal(a, b) for a, b in pairs) else float("inf")
 
 
-def _ratio(got: Tensor, true: Tensor, bound: Tensor) -> float:
+def worst_ratio(got: Tensor, true: Tensor, bound: Tensor) -> float:
     if not got.numel():
         return 0.0
     error = (got.double() - true).abs()
@@ -44,7 +44,7 @@ def _ratio(got: Tensor, true: Tensor, bound: Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-class _Inputs:
+class Inputs:
     """Random tensors on a device; ``offset`` elements into their memory, where vector accesses would be misaligned."""
 
     def __init__(self, device: str, seed: int) -> None:
@@ -60,7 +60,7 @@ class _Inputs:
 
 def grad_scores_checks(device: str, seed: int, backend: Backend) -> Iterator[Check]:
     """Score gradients of many tensors in one launch and of one with its weight's gradient, and the penalty's."""
-    randn = _Inputs(device, seed)
+    randn = Inputs(device, seed)
     beta, lam, u = randn.number(BETA), randn.number(0.37), testing.UNIT_ROUNDOFF[torch.float32]
     for g_name, g_dtype in DTYPES.items():
         for w_name, w_dtype in DTYPES.items():
@@ -81,12 +81,13 @@ def grad_scores_checks(device: str, seed: int, backend: Backend) -> Iterator[Che
                 assert ds is not None and dw is not None
                 m, tiny = KIND.value(s.double(), BETA), 2.0**-24 if w_dtype == torch.float16 else 0.0
                 slack = 1.01 * testing.UNIT_ROUNDOFF[w_dtype] + 8 * u * (1 + BETA * s.double().abs())
-                worst = max(worst, _ratio(ds, *truth), _ratio(dw, g.double() * m, g.double().abs() * m * slack + tiny))
+                of_weight = worst_ratio(dw, g.double() * m, g.double().abs() * m * slack + tiny)
+                worst = max(worst, worst_ratio(ds, *truth), of_weight)
                 _, dw = backend.grad_scores(g, None, w, s, beta, HARD, True, True)
                 assert dw is not None
-                worst = max(worst, _equal([(dw, (g * (s > 0)).to(w_dtype))]))
+                worst = max(worst, equal_error([(dw, (g * (s > 0)).to(w_dtype))]))
             made = backend.grad_scores_of_many([g.clone() for g in grads], [lam] * len(grads), *lists[1:], beta, KIND)
-            worst = max(worst, *(_ratio(ds, *truth) for ds, truth in zip(made, truths, strict=True)))
+            worst = max(worst, *(worst_ratio(ds, *truth) for ds, truth in zip(made, truths, strict=True)))
             yield f"{backend.name}, grad_scores, gradients {g_name}, weights {w_name}", worst
     grads, scores = [randn(shape) for shape in SHAPES], [randn(shape) for shape in SHAPES]
     before = [g.double() for g in grads]
@@ -95,7 +96,7 @@ def grad_scores_checks(device: str, seed: int, backend: Backend) -> Iterator[Che
     for grad, old, s in zip(grads, before, scores, strict=True):
         added = 0.37 * 3 * KIND.slope(s.double(), BETA)
         bound = 8 * u * (old.abs() + added * (1 + BETA * s.double().abs()))
-        worst = max(worst, _ratio(grad, old + added, bound))
+        worst = max(worst, worst_ratio(grad, old + added, bound))
     yield f"{backend.name}, add_penalty_grad", worst
 
 
@@ -110,7 +111,7 @@ def step_checks(device: str, seed: int, backend: Backend) -> Iterator[Check]:
     for name, dtype in DTYPES.items():
         for moments in ("fp32", "bf16"):
             for of_w_eff in (False, True):
-                randn = _Inputs(device, seed)
+                randn = Inputs(device, seed)
                 before = [
                     testing.stepped(shape, 1 + i, dtype, DTYPES[moments], dtype if i % 2 else None, seed + i, device)
                     for i, shape in enumerate(SHAPES)
@@ -134,14 +135,14 @@ def step_checks(device: str, seed: int, backend: Backend) -> Iterator[Check]:
                 what = f"{backend.name}, step, {name}, moments {moments}, of {'w_eff' if of_w_eff else 'scores'}"
                 yield what, worst
                 both = [pair for a, b in zip(*runs, strict=True) for pair in zip(a.written(), b.written(), strict=True)]
-                yield f"{what}, twice", _equal(both)
+                yield f"{what}, twice", equal_error(both)
 
 
 def bit_checks(device: str, seed: int) -> Iterator[Check]:
     """Packed masks and random bits: those of plain PyTorch."""
     import subnet_kernels
 
-    randn = _Inputs(device, seed)
+    randn = Inputs(device, seed)
     for num in (0, 1, 7, 8, 9, 2047, 2049, 300_011):
         for offset in (0, 1):
             mask = randn((num,), offset=offset) > 0
@@ -149,13 +150,13 @@ def bit_checks(device: str, seed: int) -> Iterator[Check]:
             packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
             made = subnet_kernels.pack_mask(mask)
             again = subnet_kernels.unpack_mask(made, (num,))
-            yield f"pack_mask, {num} elements off by {offset}", _equal([(made.cpu(), packed), (again, mask)])
+            yield f"pack_mask, {num} elements off by {offset}", equal_error([(made.cpu(), packed), (again, mask)])
     for shape in ((5,), (67, 129), (300, 4096)):
         seeds = [torch.tensor(value, device=device) for value in (seed - 3, seed + 2**40)]
         made = subnet_kernels.random_bits(*seeds, shape, num_samples=3).cpu().to(torch.int32)
         sizes = (shape[0], shape[1]) if len(shape) > 1 else (1, shape[0])
         true = plain_random_bits(*(value.cpu() for value in seeds), 3, *sizes).to(torch.int32).view(made.shape)
-        yield f"random_bits, {shape}", _equal([(made, true)])
+        yield f"random_bits, {shape}", equal_error([(made, true)])
 
 
 def layer_checks(device: str, seed: int) -> Iterator[Check]:
@@ -193,7 +194,7 @@ BYTES = {"fused_adamw": 28, "fp32": 32, "bf16": 24}  # a weight: torch's step al
 def adamw_functions(num: int, device: str, backends: tuple[Backend, ...]) -> dict[str, tuple[Callable[[], None], int]]:
     """Name -> (one step over ``num`` bf16 weights, bytes that it must move): ours on each backend, with moments in fp32
     and bf16, and torch's fused AdamW, which adds no penalty and makes no effective weight."""
-    randn = _Inputs(device, 0)
+    randn = Inputs(device, 0)
     weight, grad = randn((num,), torch.bfloat16), randn((num,))
     beta, step = randn.number(BETA), randn.number(1.0)
 

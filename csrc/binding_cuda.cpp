@@ -20,10 +20,21 @@ void check_flat(const OnGpu& on, const View& view, const View& weight) {
                   ", got ", text(view.ndim, view.stride), "; copy it first, or use another backend");
 }
 
+// shares_last: over the weight of the last one.
 template <int kMost>
-int append(const OnGpu& on, subnet::CudaBlocks<kMost>& blocks, const View& view) {
-  const int at = blocks.append(numel(view));
+int append(const OnGpu& on, subnet::CudaBlocks<kMost>& blocks, const View& view, bool shares_last = false) {
+  const int at = blocks.append(numel(view), shares_last);
   STD_TORCH_CHECK(at >= 0, on.op, ": too many weights for one call; split the list");
+  return at;
+}
+
+// Appends an entry over `weight`, which params gets.
+template <class Params>
+int append_over(const OnGpu& on, Params& params, const View& weight) {
+  const int last = params.blocks.num_tensors - 1;
+  const int at = append(on, params.blocks, weight, last >= 0 && params.weight[last] == weight.data);
+  params.weight[at] = weight.data;
+  params.weight_dtype[at] = (uint8_t)weight.dtype;
   return at;
 }
 
@@ -40,11 +51,9 @@ void add_layer(const OnGpu& on, subnet::CudaEffectiveWeights& params, const Tens
   check_strides(on.op, w_eff, weight);
   check_disjoint(on.op, w_eff, weight);
   check_disjoint(on.op, w_eff, scores);
-  const int at = append(on, params.blocks, weight);
-  params.weight[at] = weight.data;
+  const int at = append_over(on, params, weight);
   params.scores[at] = reinterpret_cast<const float*>(scores.data);
   params.w_eff[at] = w_eff.data;
-  params.weight_dtype[at] = (uint8_t)weight.dtype;
   params.w_eff_dtype[at] = (uint8_t)w_eff.dtype;
 }
 
@@ -96,11 +105,9 @@ void add_grad_scores(const OnGpu& on, subnet::CudaGradScores& params, const Tens
   check_flat(on, grads, weight);
   check_disjoint(on.op, grads, weight);
   check_disjoint(on.op, grads, scores);
-  const int at = append(on, params.blocks, weight);
-  params.weight[at] = weight.data;
+  const int at = append_over(on, params, weight);
   params.scores[at] = reinterpret_cast<const float*>(scores.data);
   params.grad_scores[at] = reinterpret_cast<float*>(grads.data);
-  params.weight_dtype[at] = (uint8_t)weight.dtype;
   if (grad_penalty != nullptr) params.grad_penalty[at] = on.scalar("grad_penalty", *grad_penalty);
   if (grad_w_eff_ == nullptr) {
     STD_TORCH_CHECK(grad_weight_ == nullptr, on.op, ": grad_weight needs grad_w_eff, got None");
@@ -186,15 +193,24 @@ void add_penalty_grad_of_many(const std::vector<Tensor>& grads_, const std::vect
 // The tensors of one call, lists of one length.
 struct MaskAdamWLists {
   const std::vector<Tensor>&scores, &grads, &exp_avgs, &exp_avg_sqs, &weights, &w_effs, &penalties, &steps,
-      &grad_penalties;
+      &grad_penalties, &lrs_at, &lams_at;
+  const std::vector<double>&lrs, &lams;
 };
+
+// Of entry i; a list of one number is for all entries. One of 0 elements in memory: the value.
+subnet::CudaNumber number_at(const OnGpu& on, const char* name, const std::vector<double>& values,
+                             const std::vector<Tensor>& tensors, size_t i) {
+  const size_t at = values.size() == 1 ? 0 : i;
+  const Tensor* tensor = pointer_to(tensors[at]);
+  return {tensor == nullptr ? nullptr : on.scalar(name, *tensor), values[at]};
+}
 
 // Appends entry i; what it writes and reads goes to the views.
 void add_mask_adamw(const OnGpu& on, subnet::CudaMaskAdamW& params, const MaskAdamWLists& lists, size_t i,
                     std::vector<View>& written, std::vector<View>& read) {
   const View weight = on.view("weights", lists.weights[i]);
   check_is_dense(on.op, weight);
-  const int at = append(on, params.blocks, weight);
+  const int at = append_over(on, params, weight);
   const auto take = [&](View view, std::vector<View>& views) {
     check_flat(on, view, weight);
     views.push_back(view);
@@ -213,8 +229,8 @@ void add_mask_adamw(const OnGpu& on, subnet::CudaMaskAdamW& params, const MaskAd
   params.grads[at] = take(grad, read);
   params.grad_dtype[at] = (uint8_t)grad.dtype;
   params.step[at] = on.scalar("steps", lists.steps[i]);
-  params.weight[at] = weight.data;
-  params.weight_dtype[at] = (uint8_t)weight.dtype;
+  params.lr[at] = number_at(on, "lr", lists.lrs, lists.lrs_at, i);
+  params.lam[at] = number_at(on, "lam", lists.lams, lists.lams_at, i);
   if (params.has_w_eff_grads && pointer_to(lists.grad_penalties[i]) != nullptr) {
     params.grad_penalty[at] = on.scalar("grad_penalties", lists.grad_penalties[i]);
   }
@@ -227,29 +243,32 @@ void add_mask_adamw(const OnGpu& on, subnet::CudaMaskAdamW& params, const MaskAd
   read.push_back(weight);
 }
 
-// An entry without effective weight has 0 elements as its w_eff and its penalty, one without grad_penalty there.
+// An entry without effective weight has 0 elements as its w_eff and its penalty, one without grad_penalty there. lrs and
+// lams, with what stands for them in memory, have one number for all entries or one each.
 void mask_adamw_of_many(const std::vector<Tensor>& scores, const std::vector<Tensor>& grads,
                         const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                         const std::vector<Tensor>& weights, const std::vector<Tensor>& w_effs,
                         const std::vector<Tensor>& penalties, const std::vector<Tensor>& steps,
                         const std::vector<Tensor>& grad_penalties, bool has_w_eff_grads, const Tensor& beta,
-                        const Tensor& next_beta, int64_t kind, double lr, const std::optional<Tensor>& lr_at,
-                        double beta1, double beta2, double eps, double weight_decay, double lam,
-                        const std::optional<Tensor>& lam_at) {
+                        const Tensor& next_beta, int64_t kind, const std::vector<double>& lrs,
+                        const std::vector<Tensor>& lrs_at, double beta1, double beta2, double eps, double weight_decay,
+                        const std::vector<double>& lams, const std::vector<Tensor>& lams_at) {
   const OnGpu on("mask_adamw_of_many", beta);
   check_lengths(on.op, scores.size(), {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(),
                                        w_effs.size(), penalties.size(), steps.size(), grad_penalties.size()});
+  for (const auto* values : {&lrs, &lams}) {
+    check_lengths(on.op, values->size() == 1 ? 1 : scores.size(),
+                  {values->size(), (values == &lrs ? lrs_at : lams_at).size()});
+  }
   check_decay_rates(on.op, kind, beta1, beta2);
   subnet::CudaMaskAdamW all{};
   all.has_w_eff_grads = has_w_eff_grads;
   all.has_bf16_moments = !exp_avgs.empty() && dtype_of(on.op, "exp_avgs", exp_avgs[0]) == Dtype::bfloat16;
   all.beta = on.scalar("beta", beta);
   all.next_beta = on.scalar("next_beta", next_beta);
-  all.settings = subnet::adamw_settings(lr, beta1, beta2, eps, weight_decay);
-  all.lr_at = lr_at ? on.scalar("lr", *lr_at) : nullptr;
-  all.lam = (float)lam;
-  all.lam_at = lam_at ? on.scalar("lam", *lam_at) : nullptr;
-  const MaskAdamWLists lists{scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, steps, grad_penalties};
+  all.settings = subnet::adamw_settings(0.0, beta1, beta2, eps, weight_decay);
+  const MaskAdamWLists lists{scores, grads,  exp_avgs, exp_avg_sqs, weights, w_effs, penalties,
+                             steps,  grad_penalties, lrs_at, lams_at, lrs,  lams};
   std::vector<subnet::CudaMaskAdamW> launches;
   std::vector<View> written, read;
   for (size_t i = 0; i < scores.size(); ++i) {
@@ -347,8 +366,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
         " float lam, Tensor? lam_at, int kind) -> ()");
   m.def("mask_adamw_of_many(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         " Tensor[] weights, Tensor(d!)[] w_effs, Tensor(e!)[] penalties, Tensor[] steps, Tensor[] grad_penalties,"
-        " bool has_w_eff_grads, Tensor beta, Tensor next_beta, int kind, float lr, Tensor? lr_at, float beta1,"
-        " float beta2, float eps, float weight_decay, float lam, Tensor? lam_at) -> ()");
+        " bool has_w_eff_grads, Tensor beta, Tensor next_beta, int kind, float[] lrs, Tensor[] lrs_at, float beta1,"
+        " float beta2, float eps, float weight_decay, float[] lams, Tensor[] lams_at) -> ()");
   m.def("masked_linear_few_rows(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, Tensor(a!) out,"
         " Tensor(b!) penalty) -> ()");
 }

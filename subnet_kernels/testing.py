@@ -292,15 +292,17 @@ def adamw_in_fp64(
     return s - lr / (1 - beta1**t) * m1 / ((m2 / (1 - beta2**t)).sqrt() + eps), m1, m2
 
 
-def worst_step_errors(before: Stepped, after: Stepped, grad: Tensor, grad_error: Tensor | float) -> dict[str, float]:
-    """For everything that a step by STEP writes: its largest error as a multiple of the allowed one. Truth is AdamW in
-    fp64 on the scores' gradient ``grad``, whose own error may be ``grad_error``; allowed is its first-order propagation
-    and a few roundings per operation, and for bf16 moments one unit in the last place, as rounding goes both ways. The
-    effective weight and the penalty are held to the scores that were written."""
+def worst_step_errors(
+    before: Stepped, after: Stepped, grad: Tensor, grad_error: Tensor | float, numbers: AdamW = STEP
+) -> dict[str, float]:
+    """For everything that a step by ``numbers`` writes: its largest error as a multiple of the allowed one. Truth is
+    AdamW in fp64 on the scores' gradient ``grad``, whose own error may be ``grad_error``; allowed is its first-order
+    propagation and a few roundings per operation, and for bf16 moments one unit in the last place, as rounding goes both
+    ways. The effective weight and the penalty are held to the scores that were written."""
     u = UNIT_ROUNDOFF[torch.float32]
-    lr, beta1, beta2, eps, _, lam = (float(number) for number in STEP)
+    lr, beta1, beta2, eps, _, lam = (float(number) for number in numbers)
     t = before.step.item()
-    scores, exp_avg, exp_avg_sq = adamw_in_fp64(before, grad, STEP_BETA, STEP)
+    scores, exp_avg, exp_avg_sq = adamw_in_fp64(before, grad, STEP_BETA, numbers)
     size = grad.abs() + lam * Sigmoid().slope(before.scores.double(), STEP_BETA)
     error = grad_error + 16 * u * size
     first_error = (1 - beta1) * error + 4 * u * (before.exp_avg.double().abs() + (1 - beta1) * size)

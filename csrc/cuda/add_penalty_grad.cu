@@ -8,12 +8,13 @@ namespace subnet {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) add_penalty_grad_kernel(const __grid_constant__ CudaAddPenaltyGrad p) {
-  const int tensor = tensor_of(p.blocks, blockIdx.x);
+  const Place place = place_of(p.blocks, blockIdx.x);
+  const int tensor = place.tensor;
   const float* scores = p.scores[tensor];
   float* grads = p.grads[tensor];
   const float beta = *p.beta;
   const float scale = (p.lam_at == nullptr ? p.lam : *p.lam_at) * p.scale[tensor];
-  for_each(share_of(p.blocks, tensor, blockIdx.x), are_aligned(scores, grads), [&](auto width, int64_t at) {
+  for_each(share_of(p.blocks, place), are_aligned(scores, grads), [&](auto width, int64_t at) {
     constexpr int N = decltype(width)::value;
     const Raw<N> raw = load_raw<N>(grads, Dtype::float32, at);
     float score[N], grad[N];

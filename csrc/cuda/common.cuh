@@ -119,15 +119,20 @@ __device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, const f
 
 // ---- walk
 
-// The tensor that thread block `block` belongs to: the last one whose first block is not after it. kMost <= 128.
+// What a thread block works on: the elements from kCudaBlock*chunk on of a tensor.
+struct Place {
+  int tensor, chunk;
+};
+
+// Thread block `block`'s: of the last run that does not begin after it, see CudaBlocks.
 template <int kMost>
-__device__ __forceinline__ int tensor_of(const CudaBlocks<kMost>& blocks, int block) {
-  static_assert(kMost <= 128, "7 bits are searched");
+__device__ __forceinline__ Place place_of(const CudaBlocks<kMost>& blocks, int block) {
   int tensor = 0;
   for (int step = 64; step > 0; step /= 2) {
     if (tensor + step < blocks.num_tensors && blocks.begin[tensor + step] <= block) tensor += step;
   }
-  return tensor;
+  const int run = blocks.run[tensor], length = blocks.run_length[run], at = block - blocks.begin[run];
+  return length == 1 ? Place{run, at} : Place{run + at % length, at / length};
 }
 
 // A thread block's share of its tensor: elements [first, first + count).
@@ -137,9 +142,9 @@ struct Share {
 };
 
 template <int kMost>
-__device__ __forceinline__ Share share_of(const CudaBlocks<kMost>& blocks, int tensor, int block) {
-  const int64_t first = (block - blocks.begin[tensor]) * kCudaBlock;
-  const int64_t left = blocks.num[tensor] - first;
+__device__ __forceinline__ Share share_of(const CudaBlocks<kMost>& blocks, const Place& place) {
+  const int64_t first = place.chunk * kCudaBlock;
+  const int64_t left = blocks.num[place.tensor] - first;
   return {first, (int)(left < kCudaBlock ? left : kCudaBlock)};
 }
 
@@ -181,13 +186,16 @@ __device__ __forceinline__ double block_sum(double value) {
   return sum;
 }
 
-// Sum of a tensor's partials, in thread 0, in an order that depends on sizes only; eight loads are on their way at once.
+// Sum of a tensor's partials, one a block, in thread 0, in an order that depends on its size only; eight loads are on
+// their way at once.
 template <int kMost>
 __device__ __forceinline__ double sum_of_partials(const CudaBlocks<kMost>& blocks, int tensor, const double* partials) {
-  const int end = blocks.begin[tensor + 1];
+  const int run = blocks.run[tensor], length = blocks.run_length[run];
+  const int num_chunks = blocks.begin[tensor + 1] - blocks.begin[tensor];
+  partials += blocks.begin[run] + tensor - run;
   double sum = 0;
 #pragma unroll 8
-  for (int i = blocks.begin[tensor] + threadIdx.x; i < end; i += kThreads) sum += partials[i];
+  for (int chunk = threadIdx.x; chunk < num_chunks; chunk += kThreads) sum += partials[(int64_t)chunk * length];
   return block_sum(sum);
 }
 

@@ -1,7 +1,8 @@
 // w_eff = weight * m(beta*scores) for many layers in one launch, and sum(m) of each.
 //
-//   effective_weights_kernel   grid: sum over layers of ceil(num/kCudaBlock) blocks of 256 threads, each of one layer.
-//                              Reads weight (4 or 2 B/element) and scores (4 B) once, writes w_eff (4 or 2 B) once and
+//   effective_weights_kernel   grid: sum over layers of ceil(num/kCudaBlock) blocks of 256 threads, each of one layer,
+//                              in the order of CudaBlocks. Reads weight (4 or 2 B/element; of several masks over it all
+//                              but the first from the L2 cache) and scores (4 B) once, writes w_eff (4 or 2 B) once and
 //                              one double per block. fp32 arithmetic, exact exp; 8 elements per thread and turn.
 //   sum_masks_kernel           grid: one block per layer; adds that layer's partials in a fixed order.
 //
@@ -14,7 +15,8 @@ namespace {
 
 template <Kind kind>
 __global__ void __launch_bounds__(kThreads) effective_weights_kernel(const __grid_constant__ CudaEffectiveWeights p) {
-  const int tensor = tensor_of(p.blocks, blockIdx.x);
+  const Place place = place_of(p.blocks, blockIdx.x);
+  const int tensor = place.tensor;
   const void* weight = p.weight[tensor];
   const float* scores = p.scores[tensor];
   void* w_eff = p.w_eff[tensor];
@@ -22,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) effective_weights_kernel(const __gri
   const Dtype w_eff_dtype = static_cast<Dtype>(p.w_eff_dtype[tensor]);
   const float beta = *p.beta;
   double sum = 0;
-  for_each(share_of(p.blocks, tensor, blockIdx.x), are_aligned(weight, scores, w_eff), [&](auto width, int64_t at) {
+  for_each(share_of(p.blocks, place), are_aligned(weight, scores, w_eff), [&](auto width, int64_t at) {
     constexpr int N = decltype(width)::value;
     const Raw<N> raw = load_raw<N>(weight, weight_dtype, at);
     float score[N], w[N];

@@ -1,9 +1,10 @@
 // grad_scores = (grad_w_eff*weight + grad_penalty) * slope(scores), and where wanted grad_weight = grad_w_eff * m, for
 // many tensors in one launch.
 //
-//   grad_scores_kernel   grid: sum over tensors of ceil(num/kCudaBlock) blocks of 256 threads, each of one tensor.
-//                        Reads grad_w_eff, weight (4 or 2 B/element) and scores (4 B) once, writes grad_scores (4 B)
-//                        once, also over grad_w_eff itself. fp32 arithmetic, exact exp; 8 elements per thread and turn.
+//   grad_scores_kernel   grid: sum over tensors of ceil(num/kCudaBlock) blocks of 256 threads, each of one tensor, in
+//                        the order of CudaBlocks. Reads grad_w_eff, weight (4 or 2 B/element) and scores (4 B) once,
+//                        writes grad_scores (4 B) once, also over grad_w_eff itself. fp32 arithmetic, exact exp; 8
+//                        elements per thread and turn.
 #include "common.cuh"
 
 namespace subnet {
@@ -11,7 +12,8 @@ namespace {
 
 template <Kind kind>
 __global__ void __launch_bounds__(kThreads) grad_scores_kernel(const __grid_constant__ CudaGradScores p) {
-  const int tensor = tensor_of(p.blocks, blockIdx.x);
+  const Place place = place_of(p.blocks, blockIdx.x);
+  const int tensor = place.tensor;
   const void* grad = p.grad_w_eff[tensor];
   const void* weight = p.weight[tensor];
   const float* scores = p.scores[tensor];
@@ -22,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) grad_scores_kernel(const __grid_cons
   const float beta = *p.beta;
   const float grad_penalty = p.grad_penalty[tensor] == nullptr ? 0.0f : *p.grad_penalty[tensor];
   const bool is_aligned = are_aligned(grad, weight, scores, grad_scores, grad_weight);
-  for_each(share_of(p.blocks, tensor, blockIdx.x), is_aligned, [&](auto width, int64_t at) {
+  for_each(share_of(p.blocks, place), is_aligned, [&](auto width, int64_t at) {
     constexpr int N = decltype(width)::value;
     Raw<N> raw_grad{}, raw_weight{};
     if (grad != nullptr) {

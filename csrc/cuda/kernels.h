@@ -14,22 +14,34 @@ namespace subnet {
 
 constexpr int64_t kCudaBlock = 4096;      // elements per thread block; fixed, so sums depend on sizes only
 
-// Which thread blocks are whose.
+// Which thread blocks are whose. Consecutive tensors over one weight (masks of it) are a run: the blocks of a run visit
+// the first kCudaBlock elements of each of its tensors, then the next ones, so that the weight comes from memory once.
 template <int kMost>
 struct CudaBlocks {
+  static_assert(kMost <= 128, "7 bits are searched, and a run's length has 8");
   int64_t num[kMost];                     // elements of each tensor
-  int32_t begin[kMost + 1];               // first thread block of each; the last entry is the grid's size
+  int32_t begin[kMost + 1];               // thread blocks of those before it; the last entry is the grid's size
+  uint8_t run[kMost];                     // the first tensor of its run; mostly the tensor itself
+  uint8_t run_length[kMost];              // tensors of the run that begins here
   int num_tensors;
 
   bool is_full() const { return num_tensors == kMost; }
-  // The new tensor's place; -1 if the grid would be too large.
-  int append(int64_t count) {
+  // The new tensor's place; -1 if the grid would be too large. shares_last: it has the weight of the last one.
+  int append(int64_t count, bool shares_last) {
     const int64_t end = begin[num_tensors] + (count + kCudaBlock - 1) / kCudaBlock;
     if (end > INT32_MAX) return -1;
     num[num_tensors] = count;
     begin[num_tensors + 1] = (int32_t)end;
+    run[num_tensors] = shares_last && num[num_tensors - 1] == count ? run[num_tensors - 1] : (uint8_t)num_tensors;
+    ++run_length[run[num_tensors]];
     return num_tensors++;
   }
+};
+
+// A number of one tensor: in the device's memory, or, with a null address, this value.
+struct CudaNumber {
+  const float* at;                        // 0-d
+  double value;
 };
 
 // w_eff = weight * m and sum(m). One layer each, all in storage order; scores have the weight's strides.
@@ -95,9 +107,8 @@ struct CudaMaskAdamW {
   uint8_t grad_dtype[kMost], weight_dtype[kMost], w_eff_dtype[kMost];
   bool has_bf16_moments, has_w_eff_grads;
   const float *beta, *next_beta;          // 0-d: of the gradients, of the new mask
-  AdamWSettings settings;
-  const float *lr_at, *lam_at;            // 0-d; null: settings.lr, lam
-  float lam;
+  CudaNumber lr[kMost], lam[kMost];
+  AdamWSettings settings;                 // but its lr
   double* partials;                       // [blocks] workspace
 };
 const char* launch_mask_adamw(const CudaMaskAdamW& params, int device, void* stream);

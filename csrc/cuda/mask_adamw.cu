@@ -4,11 +4,11 @@
 //   g = grad + lam*slope(s, beta), or (grad*weight + grad_penalty + lam)*slope(s, beta) from an effective weight's grad
 //   s, m, v: one step      w_eff = weight * mask(s, next_beta)
 //
-//   mask_adamw_kernel   grid: sum over layers of ceil(num/kCudaBlock) blocks of 256 threads, each of one layer. Reads s,
-//                       grad, m, v and weight once, writes s, m, v and w_eff once: 32 B/element with fp32 moments and
-//                       bf16 weights, 24 with bf16 moments, 22 with bf16 gradients too. It is bound by memory: a thread
-//                       loads its 8 elements of all five (up to 160 B) before it works on the first; roots and quotients
-//                       are exact.
+//   mask_adamw_kernel   grid: sum over layers of ceil(num/kCudaBlock) blocks of 256 threads, each of one layer, in the
+//                       order of CudaBlocks. Reads s, grad, m, v and weight once, writes s, m, v and w_eff once: 32
+//                       B/element with fp32 moments and bf16 weights, 24 with bf16 moments, 22 with bf16 gradients too;
+//                       2 less for all masks of one weight but the first. It is bound by memory: a thread loads its 8
+//                       elements of all five (up to 160 B) before it works on the first; roots and quotients are exact.
 //   sum_masks_kernel    grid: one block per layer; adds its blocks' sums of the mask in a fixed order.
 //
 // Stored moments of bf16 are rounded by a hash of place and step (rounding.h).
@@ -34,8 +34,13 @@ __device__ __forceinline__ void store_rounded(void* exp_avg, void* exp_avg_sq, i
   store_raw(exp_avg_sq, Dtype::bfloat16, at, pack_halves(v_half));
 }
 
+__device__ __forceinline__ double number_of(const CudaNumber& number) {
+  return number.at == nullptr ? number.value : *number.at;
+}
+
 // What all elements of a layer share, made by one thread of each block.
 struct Shared {
+  Place place;  // here, so that no register keeps it while the rates are made
   AdamWRates rates;
   float beta, next_beta;
   float push;  // of the penalty: lam, and what reaches it from the loss beside gradients of effective weights
@@ -47,16 +52,19 @@ template <bool kHasBf16Moments, bool kHasWEffGrads>
 __global__ void __launch_bounds__(kThreads, kHasBf16Moments && kHasWEffGrads ? 3 : 4)
     mask_adamw_kernel(const __grid_constant__ CudaMaskAdamW p) {
   __shared__ Shared shared;
-  const int tensor = tensor_of(p.blocks, blockIdx.x);
   if (threadIdx.x == 0) {
+    shared.place = place_of(p.blocks, blockIdx.x);
+    const int tensor = shared.place.tensor;
     const float step = *p.step[tensor];
-    const float lam = p.lam_at == nullptr ? p.lam : *p.lam_at;
+    const float lam = (float)number_of(p.lam[tensor]);
     const float* grad_penalty = kHasWEffGrads ? p.grad_penalty[tensor] : nullptr;
-    shared.rates = adamw_rates(p.settings, p.lr_at == nullptr ? p.settings.lr : *p.lr_at, step);
     shared.beta = *p.beta, shared.next_beta = *p.next_beta;
     shared.push = grad_penalty == nullptr ? lam : *grad_penalty + lam;
     shared.step = (uint32_t)step;
+    shared.rates = adamw_rates(p.settings, number_of(p.lr[tensor]), step);
   }
+  __syncthreads();
+  const int tensor = shared.place.tensor;
   float* scores = p.scores[tensor];
   const void* grads = p.grads[tensor];
   void* exp_avg = p.exp_avg[tensor];
@@ -69,8 +77,7 @@ __global__ void __launch_bounds__(kThreads, kHasBf16Moments && kHasWEffGrads ? 3
   constexpr Dtype kMoment = kHasBf16Moments ? Dtype::bfloat16 : Dtype::float32;
   const bool is_aligned = are_aligned(scores, grads, exp_avg, exp_avg_sq, weight, w_eff);
   double sum = 0;
-  __syncthreads();
-  for_each(share_of(p.blocks, tensor, blockIdx.x), is_aligned, [&](auto width, int64_t at) {
+  for_each(share_of(p.blocks, shared.place), is_aligned, [&](auto width, int64_t at) {
     constexpr int N = decltype(width)::value;
     const Raw<N> raw_score = load_raw<N>(scores, Dtype::float32, at);
     const Raw<N> raw_grad = load_raw<N>(grads, grad_dtype, at);

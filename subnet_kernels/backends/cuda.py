@@ -6,12 +6,14 @@ the device beforehand, and in a captured CUDA graph it is one launch too. Scores
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..masks import MaskKind
 from . import cuda_gemm
-from .base import KIND_CODES, AdamW, Call, keeps_w_eff
+from .base import KIND_CODES, AdamW, Call, keeps_w_eff, numbers_of_entries
 from .layout import aligned, is_dense, with_strides_of
 from .native import ExtensionBackend, has_cuda_kernels
 
@@ -21,6 +23,12 @@ _bump = torch.autograd.graph.increment_version
 def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
     """A number as the ops take it: (value, None), or (ignored, where the kernel reads it)."""
     return (0.0, value.to(torch.float32)) if isinstance(value, Tensor) else (value, None)
+
+
+def _numbers(values: list[float | Tensor], none: Tensor) -> tuple[list[float], list[Tensor]]:
+    """The same for lists, in which ``none`` stands for None."""
+    pairs = [_number(value) for value in values]
+    return [value for value, _ in pairs], [none if at is None else at for _, at in pairs]
 
 
 class CudaBackend(ExtensionBackend):
@@ -42,16 +50,24 @@ class CudaBackend(ExtensionBackend):
 
     def grad_scores_of_many(
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
-        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+        scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
     ) -> list[Tensor]:
         dense = [w if is_dense(w) else w.contiguous() for w in weights]
         grads = [with_strides_of(w, g) for w, g in zip(dense, grad_w_effs, strict=True)]
         flat = [aligned(w, s) for w, s in zip(dense, scores, strict=True)]
-        made = [g if g.dtype == torch.float32 else torch.empty_like(s) for g, s in zip(grads, flat, strict=True)]
+        into = grads if out is None else out
+        made = [
+            i if i.dtype == torch.float32 and i.stride() == s.stride() else torch.empty_like(s)
+            for i, s in zip(into, flat, strict=True)
+        ]
         none = beta.new_empty(0)
         penalties = [none if penalty is None else penalty for penalty in grad_penalties]
         op = self.ops.grad_scores_of_many.default
         op(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
+        if out is not None:
+            for given, written in zip(out, made, strict=True):
+                given.copy_(written) if written is not given else _bump(given)
+            return out
         return [
             m if s.stride() == m.stride() else torch.empty_like(s).copy_(m) for m, s in zip(made, scores, strict=True)
         ]
@@ -70,15 +86,19 @@ class CudaBackend(ExtensionBackend):
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
+        grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
+        if not scores:
+            return
+        each = numbers_of_entries(numbers, 1 if isinstance(numbers, AdamW) else len(scores))
         none = beta.new_empty(0)  # how the op is told that an entry has no effective weight, or no grad_penalty
         w_effs, penalties = zip(*(slot or (none, none) for slot in slots)) if slots else ((), ())
         arriving = [none if penalty is None else penalty for penalty in grad_penalties or [None] * len(scores)]
         self.ops.mask_adamw_of_many.default(
             scores, grads, exp_avgs, exp_avg_sqs, weights, w_effs, penalties, steps, arriving,
-            grad_penalties is not None, beta, next_beta, KIND_CODES[kind.name], *_number(numbers.lr), numbers.beta1,
-            numbers.beta2, numbers.eps, numbers.weight_decay, *_number(numbers.lam),
+            grad_penalties is not None, beta, next_beta, KIND_CODES[kind.name], *_numbers([n.lr for n in each], none),
+            each[0].beta1, each[0].beta2, each[0].eps, each[0].weight_decay, *_numbers([n.lam for n in each], none),
         )  # fmt: skip
         written = [tensor for slot in slots if slot is not None for tensor in slot]
         _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])

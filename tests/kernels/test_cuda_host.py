@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 
-from benchmarks import gpu_cuda
+from benchmarks import gpu_cuda, gpu_masks
 from subnet_kernels import dispatch
 from subnet_kernels.backends.base import AdamW
 from subnet_kernels.masks import as_kind
@@ -422,3 +422,33 @@ def test_the_checks_that_run_on_a_gpu_pass_on_the_host_functions(cuda, monkeypat
     assert len(checks) == 10 + 24 + 19
     assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
     assert max(ratio for name, ratio in checks if "step" in name) > 0.01  # it does measure
+
+
+def test_several_masks_over_one_weight_are_right_and_to_the_bit_those_of_one_call_a_mask(cuda):
+    checks = list(gpu_masks.checks("cpu", 0, cuda))
+    assert len(checks) == 36 + 18 + 30 + 3
+    assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
+    assert max(ratio for name, ratio in checks if "to the bit" not in name) > 0.1  # it does measure
+
+
+def test_runs_of_masks_longer_than_a_launch_and_weights_of_many_blocks_keep_their_places(cuda):
+    weights = [randn((3, 5), 0)] * 150 + [randn((2 * BLOCK + 3,), 1)] * 3 + [randn((2 * BLOCK + 3,), 2)] * 2
+    scores = [randn(w.shape, 10 + i) for i, w in enumerate(weights)]
+    made, penalties = cuda.effective_weights(weights, scores, BETA, SIGMOID, [torch.float32] * len(weights))
+    for w, s, w_eff, penalty in zip(weights, scores, made, penalties, strict=True):
+        one, total = cuda.effective_weight(w, s, BETA, SIGMOID, torch.float32)
+        assert torch.equal(w_eff, one) and torch.equal(penalty, total)
+
+
+@pytest.mark.parametrize("lengths", [(1, 2), (3, 1)], ids=str)
+def test_numbers_that_do_not_fit_the_entries_are_refused_before_anything_changes(cuda, lengths):
+    states = [State((7,), seed=i) for i in range(3)]
+    before = [state.scores.clone() for state in states]
+    numbers, num = [AdamW(0.1, 0.9, 0.99, 1e-8, 0.0, 0.1)] * lengths[1], lengths[0]
+    with pytest.raises(RuntimeError, match="all lists must be of one length"):
+        cuda.mask_adamw_(
+            [s.scores for s in states][:num], [s.grad for s in states][:num], [s.exp_avg for s in states][:num],
+            [s.exp_avg_sq for s in states][:num], [torch.tensor(1.0)] * num, [s.weight for s in states][:num],
+            [None] * num, BETA, BETA, SIGMOID, numbers if num == 1 else [*numbers, *numbers],
+        )  # fmt: skip
+    assert all(torch.equal(state.scores, old) for state, old in zip(states, before, strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import subnet_kernels as sk
-from benchmarks import gpu_correctness, gpu_cuda
+from benchmarks import gpu_correctness, gpu_cuda, gpu_masks
 from subnet_kernels.backends import cuda_gemm, native
 from subnet_kernels.dispatch import BACKENDS as BACKENDS_BY_NAME
 from subnet_kernels.testing import conv_case, linear_case, ours, worst_errors
@@ -41,6 +41,12 @@ def test_cuda_effective_weights_of_odd_sizes_are_within_the_error_bound_and_repe
 def test_steps_and_score_gradients_of_many_tensors_are_within_their_bounds_and_repeat_bit_for_bit(name):
     checks = [*gpu_cuda.grad_scores_checks("cuda", 0, BACKENDS_BY_NAME[name])]
     checks += gpu_cuda.step_checks("cuda", 0, BACKENDS_BY_NAME[name])
+    assert {what: ratio for what, ratio in checks if not ratio <= 1} == {}
+
+
+@pytest.mark.parametrize("name", ["triton", pytest.param("cuda", marks=needs_cuda_kernels)])
+def test_several_masks_over_one_weight_are_right_and_to_the_bit_those_of_one_call_a_mask(name):
+    checks = list(gpu_masks.checks("cuda", 0, BACKENDS_BY_NAME[name], (*gpu_masks.SHAPES, (257, 389))))
     assert {what: ratio for what, ratio in checks if not ratio <= 1} == {}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnet_kernels as sk
+from benchmarks import gpu_masks
 from subnet_kernels import rounding, testing
 from subnet_kernels.backends.base import AdamW
 from subnet_kernels.backends.triton import TritonBackend, load_error
@@ -276,6 +277,28 @@ def test_score_gradients_of_many_tensors_are_those_of_each(dtype):
         size = (g.double() * w.double()).abs().sum_to_size(s.shape) + of_penalty
         relative = 2.0**-21 * (1 + z.abs() / 4)  # exp of an argument that was rounded
         assert ((made.double() - total * slope).abs() <= relative * size * slope).all()
+
+
+@pytest.mark.parametrize("part", ["effective_weights", "grad_scores", "step", "training"])
+def test_several_masks_over_one_weight_are_right_and_to_the_bit_those_of_one_call_a_mask(part):
+    shapes = ((33, 65), (0, 5))
+    given = () if part == "training" else (shapes,)
+    checks = list(getattr(gpu_masks, f"{part}_checks")(DEVICE, 0, launch.TritonElementwise(), *given))
+    assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
+    assert max(ratio for name, ratio in checks if "to the bit" not in name) > 0.1  # it does measure
+
+
+@pytest.mark.parametrize("form", ["one", "numbers", "tensors", "mixed"])
+def test_numbers_of_entries_are_those_of_one_call_an_entry_in_a_capture_too(form, monkeypatch):
+    monkeypatch.setattr(launch, "memory_number", lambda tensor: 1)
+    states = [stepped((5, 7), 3, dtype=torch.float32, seed=i, device=DEVICE) for i in range(4)]
+    grads = [grad_like(s, seed=i) for i, s in enumerate(states)]
+    numbers, true = gpu_masks.numbers_of(4, form, DEVICE)
+    runs = [gpu_masks.stepped(products.TritonKernels(), states, grads, None, given, [range(4)])
+            for given in (numbers, true)]  # fmt: skip
+    for state, grad, one, new, by_floats in zip(states, grads, true, *runs, strict=True):
+        assert max(worst_step_errors(state, new, grad.double(), 0.0, one).values()) <= 1
+        assert all(torch.equal(a, b) for a, b in zip(new.written(), by_floats.written(), strict=True))
 
 
 class Vendor(TorchDispatchMode):

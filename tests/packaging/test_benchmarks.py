@@ -212,7 +212,7 @@ def test_the_kernel_checks_pass_on_the_reference_and_see_an_unwritten_element() 
     kind = gpu_correctness.as_kind("sigmoid")
     w_effs, penalties = gpu_correctness._run("reference", weights, scores, 3.0, kind, torch.float32)
     w_effs[0][4, 6] = float("nan")
-    assert gpu_correctness._worst(weights, scores, 3.0, kind, w_effs, penalties) == float("inf")
+    assert gpu_correctness.effective_weights_error(weights, scores, 3.0, kind, w_effs, penalties) == float("inf")
 
 
 # --- GPU suite: everything that can be checked without a GPU ---------------------------------------------------------

@@ -38,8 +38,9 @@ def effective_weights_kernel(
     KIND: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same for many tensors in one launch. table int64 [L, 4]: addresses of weight, scores and w_eff, number of
-    weights; block_tensor int32 and block_first int64 [blocks]: which tensor, from which element on. IS_ALIGNED: all
-    addresses and numbers are multiples of 16, so that memory is accessed 16 bytes at a time."""
+    weights; block_tensor int32 and block_first int64 [blocks]: which tensor, from which element on (consecutive tensors
+    over one weight take turns, so that it comes from memory once). IS_ALIGNED: all addresses and numbers are multiples
+    of 16, so that memory is accessed 16 bytes at a time."""
     block = tl.program_id(0)
     row = table + tl.load(block_tensor + block).to(tl.int64) * 4
     weight, scores, w_eff, num = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -57,15 +58,16 @@ def effective_weights_kernel(
 
 
 @triton.jit
-def add_up_kernel(partials, bounds, sums, BLOCK: tl.constexpr):
-    """sums[i] = partials[bounds[i] : bounds[i+1]] added up in fp64, always in the same order."""
+def add_up_kernel(partials, places, sums, BLOCK: tl.constexpr):
+    """sums[i]: a tensor's partials added up in fp64, always in the same order. places int64 [L, 3]: where its first one
+    is, how many there are, and how far one is from the next."""
     i = tl.program_id(0)
-    first, last = tl.load(bounds + i), tl.load(bounds + i + 1)
+    first, num, stride = tl.load(places + 3 * i), tl.load(places + 3 * i + 1), tl.load(places + 3 * i + 2)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for start in range(first, last, BLOCK):
+    for start in range(0, num, BLOCK):
         at = start + lanes
-        total += tl.load(partials + at, mask=at < last, other=0.0).to(tl.float64)
+        total += tl.load(partials + first + at * stride, mask=at < num, other=0.0).to(tl.float64)
     tl.store(sums + i, tl.sum(total, axis=0).to(tl.float32))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ...capturing import capture_number, keep_if_captured, memory_number
 from ...masks import MaskKind
-from ..base import KIND_CODES, AdamW, Backend, gradients_wanted
+from ..base import KIND_CODES, AdamW, Backend, gradients_wanted, numbers_of_entries
 from ..layout import aligned, is_dense, with_strides_of
 from . import configs, rules
 from .elementwise import (
@@ -51,26 +53,51 @@ def _addresses(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(nums: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Which block is whose, from which element on, and whose partials are where, for tensors of so many weights."""
-    owner, first, bounds = [], [], [0]
-    for i, num in enumerate(nums):
-        starts = range(0, num, block)
-        owner += [i] * len(starts)
-        first += starts
-        bounds.append(len(owner))
+def _blocks(runs: tuple[tuple[int, int], ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which block is whose, from which element on, and whose partials are where (see add_up_kernel), for runs of so
+    many weights and so many tensors: those of a run take turns, block by block."""
+    owner, first, places = [], [], []
+    for num, count in runs:
+        starts, tensor, begin = range(0, num, block), len(places), len(owner)
+        owner += list(range(tensor, tensor + count)) * len(starts)
+        first += [start for start in starts for _ in range(count)]
+        places += [(begin + i, len(starts), count) for i in range(count)]
     return (
         _on_device(owner, torch.int32, device), _on_device(first, torch.int64, device),
-        _on_device(bounds, torch.int64, device),
+        _on_device(places, torch.int64, device),
     )
 
 
-def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels for many tensors read."""
+def _table(
+    addresses: tuple[tuple[int, ...], ...], weight_at: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels for many tensors read. weight_at: the column of weights' addresses; consecutive tensors over one
+    weight are a run."""
     table = _addresses(addresses, device)
-    owner, first, bounds = _blocks(tuple(row[-1] for row in addresses), configs.ELEMENTWISE.block, device)
-    keep_if_captured(table, owner, first, bounds)
-    return table, owner, first, bounds
+    runs = itertools.groupby(addresses, key=lambda row: (row[weight_at], row[-1]))
+    blocks = _blocks(tuple((num, len(list(run))) for (_, num), run in runs), configs.ELEMENTWISE.block, device)
+    keep_if_captured(table, *blocks)
+    return table, *blocks
+
+
+@functools.lru_cache(maxsize=64)
+def _values(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _on_device(values, torch.float32, device)
+
+
+def _places_of_numbers(values: list[float | Tensor], device: torch.device) -> tuple[list[int], float, list[Tensor]]:
+    """Where the kernel finds a number of each tensor: (addresses, the number where these are 0, what must live until
+    the launch)."""
+    numbers = tuple(0.0 if isinstance(value, Tensor) else float(value) for value in values)
+    are_tensors = [isinstance(value, Tensor) for value in values]
+    if not any(are_tensors) and len(set(numbers)) == 1:
+        return [0] * len(values), numbers[0], []
+    table = None if all(are_tensors) else _values(numbers, device)
+    kept = [
+        value.to(torch.float32) if isinstance(value, Tensor) else table[i]  # pyright: ignore[reportOptionalSubscript]
+        for i, value in enumerate(values)
+    ]
+    return [tensor.data_ptr() for tensor in kept], 0.0, kept
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,7 +220,7 @@ class TritonElementwise(Backend):
             (w.data_ptr(), s.data_ptr(), o.data_ptr(), w.numel())
             for w, s, o in zip(weights, scores, w_effs, strict=True)
         )
-        table, owner, first, bounds = _table(addresses, beta.device)
+        table, owner, first, places = _table(addresses, 0, beta.device)
         is_aligned = all(number % 16 == 0 for row in addresses for number in row)
         partials = beta.new_empty(len(owner))
         with on_device_of(beta):
@@ -201,7 +228,7 @@ class TritonElementwise(Backend):
                 table, owner, first, beta, partials, TL_DTYPES[w_dtype], TL_DTYPES[o_dtype], KIND_CODES[kind.name],
                 is_aligned, config.block, num_warps=config.num_warps,
             )  # fmt: skip
-            return self._add_up(partials, bounds)
+            return self._add_up(partials, places)
 
     def grad_scores(
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
@@ -239,10 +266,10 @@ class TritonElementwise(Backend):
 
     def grad_scores_of_many(
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
-        scores: list[Tensor], beta: Tensor, kind: MaskKind,
+        scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
     ) -> list[Tensor]:
         if memory_number(beta):  # in a graph, or its warm-up: gradients have other addresses in the capture than before
-            return super().grad_scores_of_many(grad_w_effs, grad_penalties, weights, scores, beta, kind)
+            return super().grad_scores_of_many(grad_w_effs, grad_penalties, weights, scores, beta, kind, out)
         given = list(zip(grad_w_effs, grad_penalties, weights, scores, strict=True))
         made: dict[int, Tensor] = {}
         groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
@@ -254,7 +281,9 @@ class TritonElementwise(Backend):
                 made[i] = super().grad_scores_of_many(*([part] for part in given[i]), beta, kind)[0]
         for (g_dtype, w_dtype), members in groups.items():
             grads = [with_strides_of(weights[i], grad_w_effs[i]) for i in members]  # alive until the launch
-            made |= {i: torch.empty_like(scores[i]) for i in members}
+            for i in members:
+                is_into = out is not None and out[i].stride() == scores[i].stride()
+                made[i] = out[i] if out is not None and is_into else torch.empty_like(scores[i])
             addresses = tuple(
                 (
                     grad.data_ptr(), weights[i].data_ptr(), scores[i].data_ptr(), made[i].data_ptr(),
@@ -262,14 +291,18 @@ class TritonElementwise(Backend):
                 )
                 for grad, i in zip(grads, members, strict=True)
             )  # fmt: skip
-            table, owner, first, _ = _table(addresses, beta.device)
+            table, owner, first, _ = _table(addresses, 1, beta.device)
             is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:4], row[5]))
             with on_device_of(beta):
                 grad_scores_of_many_kernel[(len(owner),)](
                     table, owner, first, beta, TL_DTYPES[g_dtype], TL_DTYPES[w_dtype], KIND_CODES[kind.name],
                     is_aligned, configs.ELEMENTWISE.block, num_warps=configs.ELEMENTWISE.num_warps,
                 )  # fmt: skip
-        return [made[i] for i in range(len(given))]
+        if out is None:
+            return [made[i] for i in range(len(given))]
+        for i, into in enumerate(out):
+            into.copy_(made[i]) if made[i] is not into else torch.autograd.graph.increment_version(into)
+        return out
 
     def _unit_grad_scores(
         self, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
@@ -318,8 +351,10 @@ class TritonElementwise(Backend):
     def mask_adamw_(
         self, scores: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
         steps: list[Tensor], weights: list[Tensor], slots: list[tuple[Tensor, Tensor] | None], beta: Tensor,
-        next_beta: Tensor, kind: MaskKind, numbers: AdamW, grad_penalties: list[Tensor | None] | None = None,
+        next_beta: Tensor, kind: MaskKind, numbers: AdamW | Sequence[AdamW],
+        grad_penalties: list[Tensor | None] | None = None,
     ) -> None:
+        each = numbers_of_entries(numbers, len(scores))
         groups: dict[tuple[torch.dtype, torch.dtype | None, torch.dtype, torch.dtype], list[int]] = {}
         for i, (weight, slot) in enumerate(zip(weights, slots, strict=True)):
             if weight.numel():
@@ -327,8 +362,7 @@ class TritonElementwise(Backend):
                 groups.setdefault(dtypes, []).append(i)
             elif slot is not None:
                 slot[1].zero_()
-        rest, flags = step_arguments(beta, next_beta, kind, numbers)
-        flags |= {"OF_W_EFF": grad_penalties is not None, "BLOCK": configs.ELEMENTWISE.block}
+        common = {"OF_W_EFF": grad_penalties is not None, "BLOCK": configs.ELEMENTWISE.block}
         options = {"num_warps": configs.ELEMENTWISE.num_warps}
         for (w_dtype, o_dtype, g_dtype, m_dtype), members in groups.items():
             tensors = [
@@ -336,36 +370,43 @@ class TritonElementwise(Backend):
                  weights[i] if (slot := slots[i]) is None else slot[0], steps[i]) for i in members
             ]  # fmt: skip
             penalties = [None if grad_penalties is None else grad_penalties[i] for i in members]
-            flags["WRITES"] = o_dtype is not None
+            common["WRITES"] = o_dtype is not None
             # no table where gradients have new addresses at each step: in a graph (see grad_scores_of_many), and in a
             # backward pass, which steps a layer at a time
             is_alone = len(members) == 1 and grad_penalties is not None
             with on_device_of(beta):
                 if memory_number(beta) or is_alone:
                     sums = []
-                    for given, penalty in zip(tensors, penalties, strict=True):
+                    for i, given, penalty in zip(members, tensors, penalties, strict=True):
                         num = given[0].numel()
-                        partials = beta.new_empty(triton.cdiv(num, flags["BLOCK"]))
+                        partials = beta.new_empty(triton.cdiv(num, common["BLOCK"]))
+                        rest, flags = step_arguments(beta, next_beta, kind, each[i])
                         mask_adamw_kernel[(len(partials),)](
                             *given[:6], partials, given[6], beta if penalty is None else penalty, num, *rest,
-                            HAS_PENALTY=penalty is not None, **flags, **options,
+                            HAS_PENALTY=penalty is not None, **flags, **common, **options,
                         )  # fmt: skip
                         if o_dtype is not None:
-                            sums.append(partials.sum())
+                            sums.append(partials.sum(dtype=torch.float64))  # as _add_up does
                 else:
+                    lrs_at, lr, lrs = _places_of_numbers([each[i].lr for i in members], beta.device)
+                    lams_at, lam, lams = _places_of_numbers([each[i].lam for i in members], beta.device)
                     addresses = tuple(
                         (*(tensor.data_ptr() for tensor in given), 0 if penalty is None else penalty.data_ptr(),
-                         given[0].numel()) for given, penalty in zip(tensors, penalties, strict=True)
+                         lr_at, lam_at, given[0].numel())
+                        for given, penalty, lr_at, lam_at in zip(tensors, penalties, lrs_at, lams_at, strict=True)
                     )  # fmt: skip
-                    table, owner, first, bounds = _table(addresses, beta.device)
-                    is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[8]))
+                    table, owner, first, places = _table(addresses, 4, beta.device)
+                    is_aligned = all(number % 16 == 0 for row in addresses for number in (*row[:6], row[-1]))
                     partials = beta.new_empty(len(owner))
-                    self._load_for_captures(tensors[0], penalties, partials, rest, flags, options)
+                    rest, flags = step_arguments(beta, next_beta, kind, each[members[0]])
+                    self._load_for_captures(tensors[0], penalties, partials, rest, flags | common, options)
                     mask_adamw_of_many_kernel[(len(owner),)](
-                        table, owner, first, partials, *rest, TL_DTYPES[g_dtype], TL_DTYPES[m_dtype],
-                        TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype], IS_ALIGNED=is_aligned, **flags, **options,
+                        table, owner, first, partials, *rest[:-2], lr, lam, TL_DTYPES[g_dtype], TL_DTYPES[m_dtype],
+                        TL_DTYPES[w_dtype], TL_DTYPES[o_dtype or w_dtype], KIND=flags["KIND"], IS_ALIGNED=is_aligned,
+                        **common, **options,
                     )  # fmt: skip
-                    sums = [] if o_dtype is None else list(self._add_up(partials, bounds).unbind())
+                    del lrs, lams
+                    sums = [] if o_dtype is None else list(self._add_up(partials, places).unbind())
             written = [slot for i in members if (slot := slots[i]) is not None]
             if written:
                 torch._foreach_copy_([penalty for _, penalty in written], sums)  # pyright: ignore
@@ -390,9 +431,9 @@ class TritonElementwise(Backend):
                     )  # fmt: skip
 
     @staticmethod
-    def _add_up(partials: Tensor, bounds: Tensor) -> Tensor:
+    def _add_up(partials: Tensor, places: Tensor) -> Tensor:
         """The sum of each tensor's partial sums: [tensors]."""
-        sums = partials.new_empty(len(bounds) - 1)
+        sums = partials.new_empty(len(places))
         config = configs.ADD_UP
-        add_up_kernel[(len(sums),)](partials, bounds, sums, config.block, num_warps=config.num_warps)
+        add_up_kernel[(len(sums),)](partials, places, sums, config.block, num_warps=config.num_warps)
         return sums

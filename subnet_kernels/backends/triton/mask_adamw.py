@@ -110,18 +110,21 @@ def mask_adamw_kernel(
 def mask_adamw_of_many_kernel(
     table, block_tensor, block_first, partials, numbers, beta, next_beta, lr, lam, G_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr, W_DTYPE: tl.constexpr, O_DTYPE: tl.constexpr, OF_W_EFF: tl.constexpr,
-    READS_LR: tl.constexpr, READS_LAM: tl.constexpr, WRITES: tl.constexpr, KIND: tl.constexpr,
-    IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES: tl.constexpr, KIND: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of many tensors in one launch. table int64 [L, 9]: addresses of scores, grads, exp_avg, exp_avg_sq, weight,
-    w_eff, step and grad_penalty (0: none), and the number of weights; the rest as in effective_weights_kernel."""
+    """Of many tensors in one launch. table int64 [L, 11]: addresses of scores, grads, exp_avg, exp_avg_sq, weight,
+    w_eff, step, grad_penalty (0: none), lr and lam (0: the arguments), and the number of weights; the rest as in
+    effective_weights_kernel."""
     block = tl.program_id(0)
-    row = table + tl.load(block_tensor + block).to(tl.int64) * 9
+    row = table + tl.load(block_tensor + block).to(tl.int64) * 11
     scores, grads = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(G_DTYPE))
     exp_avg = tl.load(row + 2).to(tl.pointer_type(M_DTYPE))
     exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(M_DTYPE))
     weight, w_eff = tl.load(row + 4).to(tl.pointer_type(W_DTYPE)), tl.load(row + 5).to(tl.pointer_type(O_DTYPE))
-    step, grad_penalty, num = tl.load(row + 6).to(tl.pointer_type(tl.float32)), tl.load(row + 7), tl.load(row + 8)
+    step, grad_penalty = tl.load(row + 6).to(tl.pointer_type(tl.float32)), tl.load(row + 7)
+    lr_at, lam_at, num = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
+    rate = tl.load(lr_at.to(tl.pointer_type(tl.float32)), mask=lr_at != 0, other=lr)
+    push = tl.load(lam_at.to(tl.pointer_type(tl.float32)), mask=lam_at != 0, other=lam)
     first = tl.load(block_first + block)
     if IS_ALIGNED:
         scores, grads = tl.multiple_of(scores, 16), tl.multiple_of(grads, 16)
@@ -130,7 +133,7 @@ def mask_adamw_of_many_kernel(
         num, first = tl.multiple_of(num, 16), tl.multiple_of(first, 16)
     at = first + tl.arange(0, BLOCK)
     inside = at < num
-    scalars = step_scalars(step, numbers, lr, lam, READS_LR, READS_LAM)
+    scalars = step_scalars(step, numbers, rate, push, False, False)
     if OF_W_EFF:
         penalty = tl.load(grad_penalty.to(tl.pointer_type(tl.float32)), mask=grad_penalty != 0, other=0.0)
         scalars = with_penalty(scalars, penalty)
