@@ -211,7 +211,9 @@ class Backend:
             if needs.bias:
                 grad_bias = rows.sum((0, 1))
             if needs.scores and kind.is_trainable and not needs.weight:
-                grad_scores = self.linear_grad_scores_of_masks(rows, columns, grad_penalty, weight, scores, beta, kind)
+                grad_scores = self.linear_grad_scores_of_masks(
+                    rows, columns[0] if is_shared else columns, grad_penalty, weight, scores, beta, kind
+                )
             if grad_scores is None and (needs.weight or (needs.scores and kind.is_trainable)):
                 grad_w_eff = torch.bmm(rows.transpose(1, 2), columns.expand(num, -1, -1))
         if grad_scores is not None:
@@ -225,8 +227,8 @@ class Backend:
         self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
         kind: MaskKind,
     ) -> Tensor | None:
-        """ds [G, *unit shape] of grad_out [G, M, N] and x [G or 1, M, K] without the product between; None where there
-        is no such kernel."""
+        """ds [G, *unit shape] of grad_out [G, M, N] and x [G, M, K], or [M, K] for all, by a kernel that writes no
+        product; None where there is none or the vendor's way is faster."""
         return None
 
     # --- the step ---------------------------------------------------------------------------------------------------
