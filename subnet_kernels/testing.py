@@ -297,8 +297,8 @@ def worst_step_errors(
 ) -> dict[str, float]:
     """For everything that a step by ``numbers`` writes: its largest error as a multiple of the allowed one. Truth is
     AdamW in fp64 on the scores' gradient ``grad``, whose own error may be ``grad_error``; allowed is its first-order
-    propagation and a few roundings per operation, and for bf16 moments one unit in the last place, as rounding goes both
-    ways. The effective weight and the penalty are held to the scores that were written."""
+    propagation and a few roundings per operation, and for bf16 moments one unit in the last place, as rounding goes
+    both ways. The effective weight and the penalty are held to the scores that were written."""
     u = UNIT_ROUNDOFF[torch.float32]
     lr, beta1, beta2, eps, _, lam = (float(number) for number in numbers)
     t = before.step.item()
