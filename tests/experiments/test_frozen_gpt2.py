@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from subnets import mask_model
 from subnets.experiments.arithmetic import data
-from subnets.training.frozen_gpt2 import FrozenGPT2
-from subnets.training.gpt2 import GPT2Shape, LeanGPT2
+from subnets.training.frozen_gpt2 import FrozenGPT2, stacked_lm_loss
+from subnets.training.gpt2 import GPT2Shape, LeanGPT2, lm_loss
 from subnets.training.seeds import torch_generator
+from torch import nn
 
 SHAPE = GPT2Shape(layers=2, width=32, heads=4, dropout=0.1)
 G = 3
@@ -75,7 +77,7 @@ def test_errors_are_at_most_twice_those_of_pytorch_in_the_same_dtype(dtype: torc
     unit = torch.finfo(dtype).eps / 2
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 4 * unit * exact.max()
     for name, grad in our_grads.items():
-        assert grad.dtype == dtype
+        assert grad.dtype == weights[name].dtype
         true = exact_grads[name]
         error, their_error = ((g.double() - true).norm() / true.norm() for g in (grad, their_grads[name]))
         assert error <= 2 * their_error + unit
@@ -91,10 +93,39 @@ def test_frozen_parts_lie_in_memory_once_and_nothing_else_gets_a_gradient() -> N
     assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
+def test_projections_that_are_not_given_are_the_networks_own() -> None:
+    model, sequences = network(torch.float64), data.training_set(data.T1, 20, 0)
+    everything = projections(model)
+    some = {name: everything[name] for name in ("h.0.mlp.c_fc.weight", "h.1.attn.c_attn.weight")}
+    full = {name: model.state_dict()[name].expand(G, -1, -1) for name in everything} | some
+    run = FrozenGPT2(SHAPE, model.state_dict())
+    losses, grads = run(some, sequences)
+    true, true_grads = run(full, sequences)
+    assert torch.equal(losses, true) and set(grads) == set(some)
+    assert all(torch.equal(grads[name], true_grads[name]) for name in some)
+
+
+def test_what_lm_loss_offers_for_many_masks_follows_autocast_and_the_model() -> None:
+    model, sequences = network(), data.training_set(data.T1, 20, 0)
+    masks = mask_model(model, SHAPE.masked_names())
+    weights = projections(network())
+    run = stacked_lm_loss(model)
+    assert run is not None and lm_loss.stacked(model) is not None  # pyright: ignore
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses, grads = run(weights, sequences)
+        true, true_grads = FrozenGPT2(SHAPE, network().state_dict(), dtype=dtype)(weights, sequences)
+        assert torch.equal(losses, true) and all(torch.equal(grads[name], true_grads[name]) for name in grads)
+    model.train()
+    assert stacked_lm_loss(model) is None
+    masks.unmask()
+    assert stacked_lm_loss(nn.Linear(2, 2)) is None
+
+
 def test_what_does_not_fit_is_refused_in_words() -> None:
     run, weights = FrozenGPT2(SHAPE, network().state_dict()), projections(network())
     sequences = data.training_set(data.T1, 20, 0)
     with pytest.raises(ValueError, match=r"must agree in G, got \[2, 3\] and sequences \[2, 20, 4\]"):
         run(weights, sequences.expand(2, -1, -1))
-    with pytest.raises(ValueError, match=r"got none for \['h.0.attn.c_attn.weight'\] and unknown \['x'\]"):
+    with pytest.raises(ValueError, match=r"h.0.attn.c_attn.weight and 7 more\), got \['x'\]"):
         run({("x" if name == "h.0.attn.c_attn.weight" else name): w for name, w in weights.items()}, sequences)

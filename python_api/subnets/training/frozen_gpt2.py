@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subnets.training.gpt2 import GPT2Shape
+from subnets.training.gpt2 import PROJECTIONS, GPT2Shape, LeanGPT2
 from subnets.training.stacked import _EPS, StackedGPT2, _Norm, _Tape
 
 
@@ -23,7 +24,8 @@ class FrozenGPT2(StackedGPT2):
 
     Args:
         shape: of the networks.
-        state: a state dict of `LeanGPT2`, which is not copied where it is fp32 (or fp64) already.
+        state: a state dict of `LeanGPT2`, which is not copied where it is fp32 (or fp64) already; other entries, such
+            as scores, are not used.
         dtype: of the products. bf16: products in bf16, embeddings, residual sums, norms and softmax in fp32, as under
             autocast. None: the state's.
         at_once: networks whose activations are in memory at the same time. One at a time is fastest on a CPU, whose
@@ -37,22 +39,25 @@ class FrozenGPT2(StackedGPT2):
         at_once: int | None = None,
     ) -> None:  # fmt: skip
         wide = torch.promote_types(state["wte.weight"].dtype, torch.float32)
-        self.shape, self.dtype, self.projections = shape, dtype or wide, set(shape.masked_names())
-        self.shared = {name: value.detach().to(wide) for name, value in state.items() if name not in self.projections}
+        self.shape, self.dtype, self.projections = shape, dtype or wide, shape.masked_names()
+        self.base = {name: state[name].detach() for name in self.projections}
+        self.shared = {name: state[name].detach().to(wide) for name in _shared_names(shape)}
         self.low = {name: value.to(self.dtype) for name, value in self.shared.items()}
         self.at_once = at_once
+        self.params: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, weights: Mapping[str, Tensor], sequences: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(losses [G], fp32 or fp64, gradients: name -> [G, N, K] in the products' dtype, new tensors).
+        """(losses [G], fp32 or fp64; the gradients of `weights`, new tensors of their shapes and dtypes).
 
-        `weights[name]` [G, N, K] for each of `shape.masked_names()`; `sequences` int64 [G, B, 4], or [B, 4] for all.
-        Raises ValueError when names or sizes differ from that.
+        `weights[name]` [G, N, K] for some of `shape.masked_names()`, the others are the state's; `sequences` int64
+        [G, B, 4], or [B, 4] for all. Raises ValueError when names or sizes differ from that.
         """
         number = self._check(weights, sequences)
-        given = {name: weights[name].to(self.dtype) for name in self.shape.masked_names()}
-        made = {name: torch.empty_like(value, memory_format=torch.contiguous_format) for name, value in given.items()}
+        given = {name: weights.get(name, self.base[name].expand(number, -1, -1)) for name in self.projections}
+        given = {name: value.to(self.dtype) for name, value in given.items()}
+        made = {name: torch.empty_like(w, memory_format=torch.contiguous_format) for name, w in weights.items()}
         if sequences.dim() == 2:
             sequences = sequences.expand(number, -1, -1)
         step = self.at_once or (1 if sequences.device.type == "cpu" else number)
@@ -66,11 +71,11 @@ class FrozenGPT2(StackedGPT2):
         return torch.cat(losses), made
 
     def _check(self, weights: Mapping[str, Tensor], sequences: Tensor) -> int:
-        if set(weights) != self.projections:
-            missing, other = self.projections - set(weights), set(weights) - self.projections
+        unknown = sorted(set(weights) - set(self.projections))
+        if unknown or not weights:
             raise ValueError(
-                f"FrozenGPT2: weights must be those of {len(self.projections)} projections, got none for "
-                f"{sorted(missing)} and unknown {sorted(other)}"
+                f"FrozenGPT2: weights must be of projections ({self.projections[0]} and {len(self.projections) - 1} "
+                f"more), got {unknown or 'none'}"
             )
         numbers = {len(value) for value in weights.values()}
         if sequences.dim() == 3:
@@ -111,7 +116,13 @@ class FrozenGPT2(StackedGPT2):
         return torch.baddbmm(bias, x, weight.transpose(1, 2))
 
     def _linear_grads(self, name: str, grad: Tensor, x: Tensor) -> None:
-        torch.bmm(grad.to(self.dtype).transpose(1, 2), x, out=self.grads[f"{name}.weight"])
+        out, grad = self.grads.get(f"{name}.weight"), grad.to(self.dtype)
+        if out is None:
+            return
+        if out.dtype == self.dtype:
+            torch.bmm(grad.transpose(1, 2), x, out=out)
+        else:
+            out.copy_(torch.bmm(grad.transpose(1, 2), x))
 
     def _linear_backward(self, name: str, grad: Tensor, x: Tensor) -> Tensor:
         grad = grad.to(self.dtype)
@@ -127,3 +138,35 @@ class FrozenGPT2(StackedGPT2):
 
     def _embedding_backward(self, tape: _Tape, grad: Tensor, batch: int) -> None:
         return
+
+
+def _shared_names(shape: GPT2Shape) -> list[str]:
+    blocks = [f"h.{i}." for i in range(shape.layers)]
+    norms = ["ln_f", *(f"{block}{name}" for block in blocks for name in ("ln_1", "ln_2"))]
+    biases = [f"{block}{name}.bias" for block in blocks for name in PROJECTIONS]
+    return ["wte.weight", "wpe.weight", *(f"{norm}.{part}" for norm in norms for part in ("weight", "bias")), *biases]
+
+
+def stacked_lm_loss(model: nn.Module) -> Callable[[Mapping[str, Tensor], Tensor], Any] | None:
+    """`lm_loss` for many masks over one model: (weights, sequences) -> (losses, gradients), as `FrozenGPT2`.
+
+    Under autocast the products take its dtype. None where it does not serve: the model is no `LeanGPT2` or would drop
+    out, or a layer is masked that is none of its projections.
+    """
+    if type(model) is not LeanGPT2 or (model.training and model.shape.dropout > 0):
+        return None
+    scores = [name for name, _ in model.named_parameters() if name.endswith(".scores")]
+    masked = {name.removesuffix("scores") + "weight" for name in scores}
+    if not masked <= set(model.shape.masked_names()):
+        return None
+    state, passes = model.state_dict(), {}
+
+    def run(weights: Mapping[str, Tensor], sequences: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        device = sequences.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype not in passes:
+            passes[dtype] = FrozenGPT2(model.shape, state, dtype=dtype)
+        with torch.autocast(device, enabled=False):
+            return passes[dtype](weights, sequences)
+
+    return run

@@ -8,6 +8,7 @@ projections of a block are nn.Linear and so hold the transpose of Hugging Face's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,15 @@ def lm_loss(model: nn.Module, sequences: Tensor) -> Tensor:
     """The ordinary language-model loss, a 0-d mean over the three predicted positions of [B, 4] sequences."""
     logits = model(sequences[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
+
+
+def _stacked(model: nn.Module) -> Any:
+    from subnets.training.frozen_gpt2 import stacked_lm_loss  # it needs LeanGPT2
+
+    return stacked_lm_loss(model)
+
+
+lm_loss.stacked = _stacked  # pyright: ignore[reportFunctionMemberAccess]  # what discovery in bulk asks for
 
 
 @torch.no_grad()
