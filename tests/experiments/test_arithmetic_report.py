@@ -10,6 +10,7 @@ from subnets.experiments.arithmetic.results import (
     OVER_REPLICATES,
     OVER_TRANSFER,
     DepthResults,
+    beats,
     failure_signatures,
     group_runs,
     published_curve,
@@ -154,6 +155,17 @@ def test_the_two_kinds_of_spread_are_over_the_first_base_and_over_replicates() -
     assert results.curve("subnet") == {640: pytest.approx(0.7)}
     rows = {row[0]: row[1] for row in accuracy_table(results, "none").rows}
     assert rows["subnet"] == "0.700 ± 0.141" and rows["  over transfer seeds"] == "0.600 ± 0.082"
+
+
+def test_cells_of_an_unfinished_run_show_their_count_and_a_single_replicate_is_not_compared() -> None:
+    three = {(0, 0): 0.5, (1, 1): 0.8, (2, 2): 0.8}
+    runs = {("subnet", 640): three, ("subnet", 1000): {(0, 0): 0.9}}
+    runs |= {("random_init", n): {(0, 0): 0.1, (1, 1): 0.1} for n in (640, 1000)}
+    results = DepthResults(4, {}, {}, runs, base_seeds=3)
+    table = accuracy_table(results, "none")
+    assert {row[0]: row[1:] for row in table.rows}["subnet"] == ["0.700 ± 0.141", "0.900 [1]"]
+    assert table.title.endswith("[k]: of k so far")
+    assert [beats(results, "random_init", n) for n in (640, 1000)] == [True, None]
 
 
 def test_mean_absolute_difference_is_over_the_sizes_that_both_curves_have() -> None:

@@ -23,7 +23,7 @@ from subnets.experiments.arithmetic.results import (
     verdict,
 )
 from subnets.experiments.arithmetic.timing import Times, duration, estimate, seconds_left, seconds_per_unit
-from subnets.report.curves import data_reduction, format_reduction, format_samples, samples_to_reach
+from subnets.report.curves import Spread, data_reduction, format_reduction, format_samples, samples_to_reach
 from subnets.report.page import Table, image, page, paragraph
 from subnets.training.files import write_text
 
@@ -49,7 +49,8 @@ def accuracy_table(depth: DepthResults, inherit: str) -> Table:
                 counts |= {s.count for s in spreads if s}
             elif not any(s and s.count > 1 for s in spreads):
                 continue
-            rows.append([label, *[str(s) if s else "-" for s in spreads]])
+            most = max((s.count for s in spreads if s), default=0)
+            rows.append([label, *[_cell(s, most) for s in spreads]])
         published = published_curve(depth.layers, condition)
         if published:
             rows.append(["  published", *[f"{published[n]:.3f}" if n in published else "-" for n in sizes]])
@@ -58,7 +59,16 @@ def accuracy_table(depth: DepthResults, inherit: str) -> Table:
         f"Test accuracy on T2, {depth.layers} layers, inherit={inherit!r}: mean ± std over "
         f"{'/'.join(str(c) for c in sorted(counts))} {over}"
     )
+    if any("[" in cell for row in rows for cell in row):
+        title += "; [k]: of k so far"
     return Table(title, ["condition", *[f"n={size}" for size in sizes]], rows)
+
+
+def _cell(spread: Spread | None, most: int) -> str:
+    """The spread as text; with its count where other cells of the row have more runs."""
+    if spread is None:
+        return "-"
+    return str(spread) if spread.count == most else f"{spread} [{spread.count}]"
 
 
 def samples_table(depth: DepthResults) -> Table:

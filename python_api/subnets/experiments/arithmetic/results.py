@@ -142,9 +142,10 @@ def failure_signatures(results: DepthResults) -> list[str]:
 
 
 def beats(results: DepthResults, baseline: str, size: int) -> bool | None:
-    """Is the subnet's mean above the baseline's by more than the larger of both stds? None if either is missing."""
+    """Is the subnet's mean above the baseline's by more than the larger of both stds? None if either is missing, or of
+    replicates stands on a single one, which has no spread."""
     ours, theirs = results.spread("subnet", size), results.spread(baseline, size)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or (results.base_seeds > 1 and min(ours.count, theirs.count) < 2):
         return None
     return ours.mean - theirs.mean > max(ours.std, theirs.std)
 
