@@ -517,8 +517,8 @@ def test_how_many_members_share_a_pass_follows_from_what_a_pass_keeps(monkeypatc
         counts.append(1)
         return classify(model, batch)
 
-    for cached, calls in ((2**30, 3), (1, 12)):  # 3 steps of 4 members, and one pass of one that measures
-        monkeypatch.setattr(passes, "CACHED", cached)
+    for small, calls in ((2**30, 3), (1, 12)):  # 3 steps of 4 members, and one pass of one that measures
+        monkeypatch.setattr(passes, "SMALL", small)
         counts.clear()
         config = dataclasses.replace(SMALL, epochs=1, members_at_once=None)
         together(config, classifier, Noisy(), counting, no_score)

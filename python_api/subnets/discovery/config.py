@@ -51,8 +51,8 @@ class DiscoveryConfig:
         seeds, penalties, score_inits: values of seed, lam and score_init: every combination of what is given is trained
             in one run, a *member* each, and :func:`subnets.discover` returns ``Discoveries``. None: the one value
             above. Members are in the order of ``itertools.product(seeds, penalties, score_inits)``.
-        members_at_once: at most so many members share one forward and backward pass. None chooses: on a CPU as many as
-            find their activations in its caches, on a GPU as many as fit in its free memory. Speed and rounding alone.
+        members_at_once: at most so many members share one forward and backward pass. None chooses: on a GPU as many as
+            fit in its free memory, on a CPU one, or all if a pass is small. It changes speed and rounding alone.
         target_density: steer lam (each member's, from its ``lam`` on) after every epoch so that the density ends
             there: :mod:`subnets.discovery.control`. Rows of the history then have the epoch's "lam".
 

@@ -28,9 +28,10 @@ from .data import unique_batches
 
 Scores = dict[str, nn.Parameter]  # the weight's name -> [G, *scores' shape]
 
-# of 8 members on one core of an AVX-512 CPU: batches whose activations take 1 MiB per member or more are fastest one
-# member at a time, smaller ones the more of them share a pass (docs/discovery.md).
-CACHED = 2 * 2**20
+# Bytes kept for the backward pass of one member, up to which a CPU runs members together: 8 of them then take .8 of the
+# time of one after the other (.23 MB each, one core), and 1.1 to 1.3 of it from .9 MB on: one member's data stay in the
+# caches. docs/discovery.md.
+SMALL = 2**19
 SHARE_OF_MEMORY = 0.25  # of free memory, for what passes keep for backward: gradients take about as much again
 
 
@@ -127,8 +128,8 @@ class Passes:
         bytes_each = max(sum(saved.values()), 1)
         device = next(iter(self.masks.layers.values())).scores.device
         fits = SHARE_OF_MEMORY * _free_memory(device) / bytes_each
-        if device.type == "cpu":
-            fits = min(fits, CACHED / bytes_each)
+        if device.type == "cpu" and bytes_each > SMALL:
+            fits = 1
         self.at_once = int(min(max(fits, 1), self.num_members))
 
     def forget(self) -> None:
