@@ -78,6 +78,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(rules, "score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
     monkeypatch.setattr(rules, "fastest_score_gradient", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
     monkeypatch.setattr(rules, "linear_step", lambda dtype, m, n, k, is_plain, on: parts(m, n, k, on))
+    for name in ("score_gradients_of_masks", "fastest_score_gradients_of_masks"):
+        monkeypatch.setattr(rules, name, lambda *args: SMALL_TILES)
     monkeypatch.setattr(rules, "masked_product", lambda *args: SMALL_TILES)
     monkeypatch.setattr(rules, "masked_conv", lambda *args: SMALL_TILES)
     monkeypatch.setattr(rules, "CONV_SCORE_GRADIENT", {2: SMALL_TILES, 4: SMALL_TILES})
@@ -286,6 +288,29 @@ def test_several_masks_over_one_weight_are_right_and_to_the_bit_those_of_one_cal
     checks = list(getattr(gpu_masks, f"{part}_checks")(DEVICE, 0, launch.TritonElementwise(), *given))
     assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
     assert max(ratio for name, ratio in checks if "to the bit" not in name) > 0.1  # it does measure
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("groups", "dtype"), [((1, 3), "fp32"), ((8,), "fp16"), ((3,), "bf16")])
+def test_score_gradients_of_masks_inside_their_products_are_right_and_those_of_one_mask_at_a_time(groups, dtype):
+    checks = list(gpu_masks.product_checks(DEVICE, 0, products.TritonKernels(), ((20, 17, 35),), groups, (dtype,)))
+    assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
+    assert max(ratio for name, ratio in checks if "to the bit" not in name) > 0.01  # it does measure
+
+
+def test_products_of_masks_that_the_kernel_does_not_serve_or_that_the_rules_give_to_the_vendor_are_left():
+    kernels, kind = products.TritonKernels(), as_kind("sigmoid")
+
+    def made(num_masks, m, n, k, dtype=torch.bfloat16, kind=kind, scores_shape=None):
+        grad_out, x = torch.ones(num_masks, m, n, device=DEVICE).to(dtype), torch.ones(m, k, device=DEVICE).to(dtype)
+        weight, scores = x.new_ones(n, k), torch.ones(num_masks, *(scores_shape or (n, k)), device=DEVICE)
+        return kernels.linear_grad_scores_of_masks(grad_out, x, None, weight, scores, BETA, kind)
+
+    assert made(2, 20, 64, 64) is not None
+    assert made(2, 20, 64, 64, torch.float32) is None  # to the vendor
+    assert made(2, 20, 64, 64, kind=as_kind("hard")) is None
+    assert made(2, 20, 64, 64, scores_shape=(64, 1)) is None
+    assert made(2, 0, 64, 64) is None
 
 
 @pytest.mark.parametrize("form", ["one", "numbers", "tensors", "mixed"])

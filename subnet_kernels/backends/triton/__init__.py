@@ -92,6 +92,6 @@ def _hand_over(name: str) -> Any:
 for _name in (
     "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
     "mask_adamw_", "linear_step_", "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores",
-    "masked_conv2d", "masked_conv2d_backward",
+    "linear_grad_scores_of_masks", "masked_conv2d", "masked_conv2d_backward",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

@@ -36,8 +36,8 @@ def linear_step_kernel(
     if HAS_PENALTY:
         scalars = with_penalty(scalars, tl.load(grad_penalty))
     product, rows, _, is_row, _ = token_product(
-        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, 0, tl.cdiv(m, BM), PRECISION, UPCAST, BN,
-        BK, BM,
+        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, tl.program_id(0), 0, tl.cdiv(m, BM),
+        PRECISION, UPCAST, BN, BK, BM,
     )  # fmt: skip
     left, right = halves(product)
     first, second = halves(left)

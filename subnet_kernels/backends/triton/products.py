@@ -21,7 +21,7 @@ from .convolution import conv_score_gradient_kernel, masked_conv_kernel
 from .launch import IS_INTERPRETED, TritonElementwise, on_device_of, step_arguments
 from .linear_step import linear_step_kernel, step_of_parts_kernel
 from .masked_product import masked_product_kernel
-from .score_gradient import add_parts_kernel, score_gradient_kernel
+from .score_gradient import add_parts_kernel, score_gradient_kernel, score_gradients_of_masks_kernel
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:
@@ -196,6 +196,46 @@ class TritonKernels(TritonElementwise):
             functools.partial(_launch_score_gradient, grad_out, x, config), triton.cdiv(m, config.depth), num_parts,
             weight, scores, beta, grad_penalty, kind, needs_weight,
         )  # fmt: skip
+
+    def linear_grad_scores_of_masks(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, is_fused: bool = False,
+    ) -> Tensor | None:
+        """is_fused: inside the product wherever a kernel for that is built, also where the rules would not."""
+        if (
+            not kind.is_trainable or not grad_out.numel() or not x.numel() or scores.shape[1:] != weight.shape
+            or grad_out.dtype != x.dtype
+        ):  # fmt: skip
+            return None
+        x = x.expand(len(scores), *x.shape[-2:])  # one that is shared: the same for each mask
+        if weight.is_contiguous() and scores.is_contiguous():
+            return self._score_gradients_of_masks(grad_out, x, grad_penalty, weight, scores, beta, kind, is_fused)
+        if weight.t().is_contiguous() and scores.mT.is_contiguous():  # (grad_out.T @ x).T = x.T @ grad_out
+            given = x, grad_out, grad_penalty, weight.t(), scores.mT, beta, kind, is_fused
+            made = self._score_gradients_of_masks(*given)
+            return None if made is None else made.mT
+        return None
+
+    def _score_gradients_of_masks(
+        self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor, beta: Tensor,
+        kind: MaskKind, must_fuse: bool,
+    ) -> Tensor | None:
+        """linear_grad_scores_of_masks of contiguous weights and scores; None where the rules prefer the vendor."""
+        (num_masks, m, n), k = grad_out.shape, x.shape[2]
+        is_plain = weight.dtype == x.dtype and n % 16 == 0 and k % 16 == 0
+        choose = rules.fastest_score_gradients_of_masks if must_fuse else rules.score_gradients_of_masks
+        config = choose(x.dtype, num_masks, m, n, k, is_plain, rules.chip(x.device))
+        if config is None:
+            return None
+        grad_scores = torch.empty_like(scores)
+        with on_device_of(weight):
+            score_gradients_of_masks_kernel[(_num_tiles(config, n, k) * num_masks,)](
+                grad_out, x, weight, scores, beta, beta if grad_penalty is None else grad_penalty.contiguous(),
+                grad_scores, num_masks, m, n, k, *grad_out.stride(), *x.stride(), grad_penalty is not None,
+                KIND_CODES[kind.name], **dot_options(x.dtype), BN=config.rows, BK=config.columns, BM=config.depth,
+                **launch_options(config),
+            )  # fmt: skip
+        return grad_scores
 
     def linear_step_(
         self, grad_out: Tensor, x: Tensor, grad_penalty: Tensor | None, scores: Tensor, exp_avg: Tensor,

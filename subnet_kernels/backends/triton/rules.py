@@ -147,10 +147,10 @@ def waves(num_programs: int, num_processors: int) -> int:
     return -(-num_programs // num_processors)
 
 
-def product_seconds(config: Gemm, m: int, n: int, k: int, num_parts: int, on: Chip) -> float:
-    """Time of a score gradient's product by a model: whole waves of tiles at a rate that grows with the tile (128x128:
-    .85 of the vendor's), and 8 bytes a weight and part where the sum is cut."""
-    tiles = -(-n // config.rows) * -(-k // config.columns)
+def product_seconds(config: Gemm, m: int, n: int, k: int, num_parts: int, on: Chip, num_masks: int = 1) -> float:
+    """Time of a score gradient's product (for several masks: of all) by a model: whole waves of tiles at a rate that
+    grows with the tile (128x128: .85 of the vendor's), and 8 bytes a weight and part where the sum is cut."""
+    tiles = num_masks * -(-n // config.rows) * -(-k // config.columns)
     steps = -(-m // config.depth)
     rate = 0.85 * min(1.0, (config.rows * config.columns / 128**2) ** 0.25) * on.flops / on.num_processors
     wave = -(-steps // num_parts) * config.depth * 2 * config.rows * config.columns / rate
@@ -178,6 +178,27 @@ def fastest_score_gradient(
 ) -> tuple[Gemm, int]:
     """(tiles, parts) that the model finds fastest among those that compile without spills."""
     return _fastest((SCORE_GRADIENT if is_plain else SCORE_GRADIENT_SMALL)[dtype.itemsize], m, n, k, on)
+
+
+@functools.lru_cache(maxsize=4096)
+def score_gradients_of_masks(
+    dtype: torch.dtype, num_masks: int, m: int, n: int, k: int, is_plain: bool, on: Chip
+) -> Gemm | None:
+    """Tiles of the score gradients of several masks over one weight inside their products, or None where the vendor's
+    batched product and one pass are the faster way by the model; nobody has measured either. Sums are whole: the masks
+    fill the chip where the weight's tiles do not."""
+    if dtype.itemsize != 2:
+        return None
+    config = fastest_score_gradients_of_masks(dtype, num_masks, m, n, k, is_plain, on)
+    return config if _beats_vendor(config, 1, m, n, k, on, num_masks) else None
+
+
+def fastest_score_gradients_of_masks(
+    dtype: torch.dtype, num_masks: int, m: int, n: int, k: int, is_plain: bool, on: Chip
+) -> Gemm:
+    """Tiles of them that the model finds fastest among those that compile without spills."""
+    tiles = (SCORE_GRADIENT if is_plain else SCORE_GRADIENT_SMALL)[dtype.itemsize]
+    return min(tiles, key=lambda config: (product_seconds(config, m, n, k, 1, on, num_masks), -config.rows))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,10 +236,11 @@ def _fastest(tiles: tuple[Gemm, ...], m: int, n: int, k: int, on: Chip) -> tuple
     return config, num_parts
 
 
-def _beats_vendor(config: Gemm, num_parts: int, m: int, n: int, k: int, on: Chip) -> bool:
+def _beats_vendor(config: Gemm, num_parts: int, m: int, n: int, k: int, on: Chip, num_masks: int = 1) -> bool:
     """Whether our product, with what follows it inside, beats the vendor's and a pass over it, by the model: the vendor
     writes the product, 16 bits each, and the pass reads it; one launch more."""
-    return product_seconds(config, m, n, k, num_parts, on) < 2 * m * n * k / on.flops + 4 * n * k / on.bytes + 2e-6
+    vendor = num_masks * (2 * m * n * k / on.flops + 4 * n * k / on.bytes) + 2e-6
+    return product_seconds(config, m, n, k, num_parts, on, num_masks) < vendor
 
 
 def has_room(on: Chip) -> bool:
@@ -278,7 +300,7 @@ def conv_score_gradient(
 
 def forget_decisions() -> None:
     """Decide anew: after a table in memory was changed."""
-    for function in (score_gradient, linear_step, masked_product, fuses_product):
+    for function in (score_gradient, score_gradients_of_masks, linear_step, masked_product, fuses_product):
         function.cache_clear()
 
 

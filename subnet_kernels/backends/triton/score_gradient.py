@@ -30,13 +30,12 @@ def epilogue(
 
 @triton.jit
 def token_product(
-    grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, part, steps_per_part,
+    grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, tile, part, steps_per_part,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """(grad_out.T @ x over a part of the tokens, rows, columns, whether these are rows and columns of [N, K]) of this
-    program's tile. UPCAST: products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
+    """Of a tile: (grad_out.T @ x over a part of the tokens, rows, columns, whether these are rows and columns of
+    [N, K]). UPCAST: products in fp32 whatever the dtype (the interpreter's bf16 product is wrong)."""
     num_column_tiles = tl.cdiv(k, BK)
-    tile = tl.program_id(0)
     rows = (tile // num_column_tiles) * BN + tl.arange(0, BN)
     columns = (tile % num_column_tiles) * BK + tl.arange(0, BK)
     first = part * steps_per_part * BM
@@ -73,8 +72,8 @@ def score_gradient_kernel(
     results are."""
     part = tl.program_id(1)
     product, rows, columns, is_row, is_column = token_product(
-        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, part, steps_per_part, PRECISION, UPCAST,
-        BN, BK, BM,
+        grad_out, x, m, n, k, grad_out_row, grad_out_column, x_row, x_column, tl.program_id(0), part, steps_per_part,
+        PRECISION, UPCAST, BN, BK, BM,
     )  # fmt: skip
     inside = is_row & is_column
     at = rows.to(tl.int64)[:, None] * k + columns[None, :]
@@ -85,6 +84,29 @@ def score_gradient_kernel(
             product, at, inside, weight, scores, beta, grad_penalty, grad_scores, grad_weight, HAS_PENALTY,
             WANTS_WEIGHT, KIND,
         )  # fmt: skip
+
+
+@triton.jit
+def score_gradients_of_masks_kernel(
+    grad_out, x, weight, scores, beta, grad_penalty, grad_scores, num_masks, m, n, k, grad_out_mask, grad_out_row,
+    grad_out_column, x_mask, x_row, x_column, HAS_PENALTY: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Of G masks over one weight. grad_out [G, M, N], x [G, M, K] (x_mask 0: one for all), weight [N, K], scores and
+    grad_scores [G, N, K], grad_penalty [G]. Programs of all masks over one tile of the weight follow each other, so
+    that it comes from memory once."""
+    program = tl.program_id(0)
+    mask = (program % num_masks).to(tl.int64)
+    product, rows, columns, is_row, is_column = token_product(
+        grad_out + mask * grad_out_mask, x + mask * x_mask, m, n, k, grad_out_row, grad_out_column, x_row, x_column,
+        program // num_masks, 0, tl.cdiv(m, BM), PRECISION, UPCAST, BN, BK, BM,
+    )  # fmt: skip
+    at = rows.to(tl.int64)[:, None] * k + columns[None, :]
+    of_mask = mask * n * k
+    epilogue(
+        product, at, is_row & is_column, weight, scores + of_mask, beta, grad_penalty + mask, grad_scores + of_mask,
+        weight, HAS_PENALTY, False, KIND,
+    )  # fmt: skip
 
 
 @triton.jit
