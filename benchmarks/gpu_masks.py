@@ -6,8 +6,11 @@ fills outputs with NaN and returns its worst error as a multiple of the allowed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +18,16 @@ from torch import Tensor
 from subnet_kernels import testing
 from subnet_kernels.backends.base import AdamW, Backend
 
+from .ceilings import Ceilings
 from .gpu_correctness import effective_weights_error
 from .gpu_cuda import DTYPES, HARD, KIND, Check, Inputs, equal_error, worst_ratio
+from .rows import Row
+from .runner import Settings, in_mode, make_row, set_floor
+from .timing import time_interleaved
 
 GROUPS = (1, 3, 8)
 SHAPES = ((33, 131), (1,), (0, 5), (4097,))  # of weights that several masks share: more than a block, odd, empty
+PRODUCTS = ((33, 65, 129), (1, 1, 1), (70, 48, 80), (1500, 512, 128))  # M, N, K
 ALONE = ((7, 1), (65, 129))  # and of weights between them that have one
 
 
@@ -193,6 +201,57 @@ def training_checks(device: str, seed: int, backend: Backend, num_steps: int = 5
         yield f"{backend.name}, {num_masks} masks, {num_steps} steps beside torch.optim.AdamW", worst
 
 
+class _Product(NamedTuple):
+    """Inputs of linear_grad_scores_of_masks; x [G, M, K], or [M, K] for all masks."""
+
+    grad_out: Tensor
+    x: Tensor
+    grad_penalty: Tensor | None
+    weight: Tensor
+    scores: Tensor
+
+    def of(self, masks: slice) -> _Product:
+        x = self.x[masks] if self.x.dim() == 3 else self.x
+        penalty = None if self.grad_penalty is None else self.grad_penalty[masks]
+        return self._replace(grad_out=self.grad_out[masks], x=x, grad_penalty=penalty, scores=self.scores[masks])
+
+    def error(self, made: Tensor) -> float:
+        """Products of M terms stay in fp32, summed in any order."""
+        penalty = 0.0 if self.grad_penalty is None else self.grad_penalty.double()[:, None, None]
+        factors = self.grad_out.double().mT, self.x.double()
+        z, weight = testing.STEP_BETA * self.scores.double(), self.weight.double()
+        slope = KIND.slope(self.scores.double(), testing.STEP_BETA)
+        size = (factors[0].abs() @ factors[1].abs() * weight.abs() + penalty) * slope
+        bound = (self.x.shape[-2] + 16) * 2.0**-24 * size * (1 + z.abs() / 4) + 1e-28
+        return worst_ratio(made, (factors[0] @ factors[1] * weight + penalty) * slope, bound)
+
+
+def product_checks(
+    device: str, seed: int, backend: Any, sizes: Sequence[tuple[int, int, int]] = PRODUCTS,
+    groups: Sequence[int] = GROUPS, dtypes: Collection[str] = tuple(DTYPES),
+) -> Iterator[Check]:
+    """Score gradients of masks of a linear layer inside their batched product: against fp64, and those of one mask at a
+    time and of a second run to the bit; rows of each mask and shared ones, odd sizes, transposed weights."""
+    beta = torch.tensor(testing.STEP_BETA, device=device)
+    for num_masks, name, (m, n, k) in itertools.product(groups, dtypes, sizes):
+        randn, dtype = Inputs(device, seed), DTYPES[name]
+        own = _Product(
+            randn((num_masks, m, n), dtype), randn((num_masks, m, k), dtype),
+            torch.linspace(0.1, 0.9, num_masks, device=device), randn((n, k), dtype), randn((num_masks, n, k)),
+        )  # fmt: skip
+        transposed = own._replace(weight=own.weight.t().contiguous().t(), scores=own.scores.mT.contiguous().mT)
+        for form, given in {
+            "own rows": own, "shared rows": own._replace(x=own.x[0], grad_penalty=None), "transposed": transposed,
+        }.items():  # fmt: skip
+            parts = [given, given, *(given.of(slice(g, g + 1)) for g in range(num_masks))]
+            made = [backend.linear_grad_scores_of_masks(*part, beta, KIND, is_fused=True) for part in parts]
+            what = f"{backend.name}, {num_masks} masks, products {m}x{n}x{k}, {form}, {name}"
+            yield what, given.error(made[0])
+            is_laid_alike = made[0].stride() == given.scores.stride()
+            same = [(made[0], made[1]), (made[0], torch.cat(made[2:]))]
+            yield f"{what}, to the bit", equal_error(same) if is_laid_alike else float("inf")
+
+
 def checks(
     device: str, seed: int, backend: Backend, shapes: Sequence[tuple[int, ...]] = SHAPES
 ) -> Iterator[Check]:
@@ -201,3 +260,76 @@ def checks(
     yield from grad_scores_checks(device, seed, backend, shapes)
     yield from step_checks(device, seed, backend, shapes)
     yield from training_checks(device, seed, backend)
+
+
+# --- how fast --------------------------------------------------------------------------------------------------------
+
+NUM_MASKS, BATCH = 8, 1024  # masks, and rows of x of each in the product
+BYTES = {"effective_weights": 6, "grad_scores_of_many": 10, "mask_adamw": 30}  # a weight and mask, but the bf16 weight
+
+
+def mask_functions(n: int, k: int, device: str, backend: Backend) -> dict[str, Callable[[slice], object]]:
+    """Op -> its call over a part of NUM_MASKS masks of one bf16 weight [N, K]."""
+    randn, bf16 = Inputs(device, 0), torch.bfloat16
+    weight, scores, grads = randn((n, k), bf16), randn((NUM_MASKS, n, k)), randn((NUM_MASKS, n, k), bf16)
+    w_eff, grad_scores = torch.empty_like(grads), torch.zeros_like(scores)
+    firsts, seconds = torch.zeros_like(scores), torch.zeros_like(scores)
+    beta, steps = randn.number(testing.STEP_BETA), torch.ones(NUM_MASKS, device=device)
+    penalties, lams = torch.zeros(NUM_MASKS, device=device), torch.linspace(0.0, 1e-7, NUM_MASKS, device=device)
+    numbers = [testing.STEP._replace(lr=1e-4, lam=lam) for lam in lams]
+    grad_out, x = randn((NUM_MASKS, BATCH, n), bf16), randn((NUM_MASKS, BATCH, k), bf16)
+
+    def parts(part: slice, *tensors: Tensor) -> tuple[list[Tensor], ...]:
+        return tuple(list(tensor[part].unbind()) for tensor in tensors)
+
+    def score_gradients(part: slice, of: Tensor) -> object:
+        own, out = parts(part, scores, grad_scores)
+        weights, none = [weight] * len(own), [None] * len(own)
+        return backend.grad_scores_of_many(list(of.unbind()), [*none], weights, own, beta, KIND, out)
+
+    def effective_weights(part: slice) -> object:
+        own, out = parts(part, scores, w_eff)
+        return backend.effective_weights([weight] * len(own), own, beta, KIND, [bf16] * len(own), out)
+
+    def mask_adamw(part: slice) -> object:
+        own, given, m, v, step, w_effs, sums = parts(
+            part, scores, grad_scores, firsts, seconds, steps, w_eff, penalties
+        )
+        weights, slots = [weight] * len(own), [*zip(w_effs, sums, strict=True)]
+        return backend.mask_adamw_(own, given, m, v, step, weights, [*slots], beta, beta, KIND, numbers[part])
+
+    return {
+        "effective_weights": effective_weights,
+        "grad_scores_of_many": lambda part: score_gradients(part, grads[part]),
+        "mask_adamw": mask_adamw,
+        "product_and_pass": lambda part: score_gradients(part, torch.bmm(grad_out[part].mT, x[part])),
+        "product": lambda part: cast(Any, backend).linear_grad_scores_of_masks(
+            grad_out[part], x[part], None, weight, scores[part], beta, KIND, is_fused=True
+        ),
+    }
+
+
+def run_masks(n: int, k: int, settings: Settings, ceilings: Ceilings, backends: tuple[Backend, ...]) -> list[Row]:
+    """Rows of NUM_MASKS masks in one call ("together") beside a call each ("apart"), per op and backend; the linear
+    layer's score gradient also inside its product, by the backend that has one."""
+    rows, num = [], n * k
+    for backend in backends:
+        functions = mask_functions(n, k, settings.device, backend)
+        for op in (*BYTES, "product"):
+            ways: dict[str, Callable[[], object]] = {}
+            if op != "product" or backend.name == "triton":
+                ways["together"] = functools.partial(functions[op], slice(None))
+            each = functions["product_and_pass" if op == "product" else op]
+            ways["apart"] = lambda each=each: [each(slice(g, g + 1)) for g in range(NUM_MASKS)]
+            if op == "product":
+                ways["bmm_and_pass"] = functools.partial(each, slice(None))
+            case = f"{NUM_MASKS}masks_{n}x{k}_{op}_{backend.name}"
+            for mode in settings.modes:
+                timings = time_interleaved(in_mode(mode, ways, case, settings), settings.device, settings.timing)
+                for name in timings:
+                    row = make_row("kernels", case, "step" if op == "mask_adamw" else "backward", name, mode, timings)
+                    flops = 2.0 * NUM_MASKS * BATCH * num if op == "product" else 0.0
+                    num_bytes = num * (2 * (NUM_MASKS if name == "apart" else 1) + NUM_MASKS * BYTES.get(op, 8))
+                    set_floor(row, ceilings, flops, num_bytes, torch.bfloat16)
+                    rows.append(row)
+    return rows

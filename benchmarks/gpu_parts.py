@@ -15,7 +15,7 @@ import torch
 
 from subnet_kernels.dispatch import BACKENDS
 
-from . import cases, gpu_correctness, gpu_cuda
+from . import cases, gpu_correctness, gpu_cuda, gpu_masks
 from .models import MODEL_CASES, make_trainers, run_model
 from .rows import ROOT, Row
 from .runner import Settings, free_memory, run_kernel, run_layer
@@ -65,6 +65,7 @@ def correctness(check: Check) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_cuda.cuda_checks(check.device, check.seed))
         check.take(gpu_cuda.layer_checks(check.device, check.seed))
+        check.take(gpu_masks.checks(check.device, check.seed, BACKENDS["cuda"]))
     check.say("  cuda backend's products")
     check.take(gpu_correctness.cuda_score_gradient_checks(check.seed))
     check.take(gpu_correctness.cuda_few_rows_checks(check.seed))
@@ -72,6 +73,8 @@ def correctness(check: Check) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check.take(gpu_correctness.triton_checks(check.device, check.seed))
         check.take(gpu_correctness.step_checks(check.device, check.seed))
+        check.take(gpu_masks.checks(check.device, check.seed, BACKENDS["triton"]))
+        check.take(gpu_masks.product_checks(check.device, check.seed, BACKENDS["triton"]))
     check.take(gpu_correctness.effective_weights_checks("triton", check.device, check.seed))
     check.take(gpu_correctness.graph_check("triton", check.device, check.seed))
 
@@ -264,6 +267,19 @@ def optimizer(check: Check) -> None:
         check.save()
 
 
+def masks(check: Check) -> None:
+    """Eight masks over one weight in one call beside a call each: the passes over memory, and the score gradients of a
+    linear layer inside their batched product."""
+    names, sizes = ("cuda", "triton"), ((512, 128), (768, 3072), (4096, 11008))
+    if check.device == "cpu":
+        names, sizes = ("cpu",), ((16, 24),)
+    for n, k in sizes:
+        backends = tuple(BACKENDS[name] for name in names)
+        check.rows += gpu_masks.run_masks(n, k, _settings(check), check.ceilings, backends)
+        free_memory(check.device)
+        check.save()
+
+
 def conv(check: Check) -> None:
     """ResNet-18's convolutions, channels_last first; not compiled: the model's step is."""
     chosen = cases.GPU_CONV_CASES
@@ -317,6 +333,7 @@ PARTS = (
     Part("sanitizer", sanitizer, 10, 30),
     Part("ceilings", ceilings, 10, 30),
     Part("optimizer", optimizer, 15, 40),
+    Part("masks", masks, 15, 60),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
     Part("stretch", stretch, 20, 120),
@@ -334,6 +351,7 @@ def sanitizer_script(seed: int) -> int:
     checks = [
         *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
         *gpu_cuda.cuda_checks("cuda", seed),
+        *gpu_masks.checks("cuda", seed, BACKENDS["cuda"], ((33, 131), (0, 5))),
         *gpu_correctness.cuda_score_gradient_checks(seed, is_large=False),
         *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
         *gpu_correctness.step_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
