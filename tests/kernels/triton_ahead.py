@@ -89,6 +89,13 @@ def builds() -> Iterator[Build]:
                         for special in (AUTOCAST, ODD):
                             labels = _size(config), special
                             yield _gemm(score_gradient.score_gradient_kernel, labels, dtype, constants, config)
+            of_masks = {**product, "HAS_PENALTY": True, "KIND": 0, "grad_out_column": 1}
+            for config in configs.SCORE_GRADIENT[torch_dtype.itemsize]:
+                constants = {**of_masks, **_tile(config, "BN", "BK", "BM")}
+                is_small = config in configs.SCORE_GRADIENT_SMALL[2]
+                for special in ("", AUTOCAST, ODD) if dtype == "bf16" and is_small else ("",):
+                    labels = label, _size(config), special
+                    yield _gemm(score_gradient.score_gradients_of_masks_kernel, labels, dtype, constants, config)
             tiles = configs.MASKED_PRODUCT if torch_dtype.itemsize == 2 else configs.MASKED_PRODUCT_WIDE
             for config in tiles.values():
                 constants = {
@@ -195,18 +202,18 @@ _POINTERS = {
     "weight": "W", "w_eff": "W", "grad_w_eff": "W", "grad_weight": "W", "x": "W", "grad_out": "W", "bias": "W",
     "out": "W", "scores": "fp32", "beta": "fp32", "partials": "fp32", "sums": "fp32", "grad_penalty": "fp32",
     "lam": "fp32", "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
-    "block_first": "i64", "bounds": "i64", "exp_avg": "fp32", "exp_avg_sq": "fp32", "next_beta": "fp32", "step": "fp32",
+    "block_first": "i64", "places": "i64", "exp_avg": "fp32", "exp_avg_sq": "fp32", "next_beta": "fp32", "step": "fp32",
 }  # fmt: skip
 
 
 _ANY_NUMBER = {
     "steps_per_part", "num_parts", "num_scores", "per_score", "per_part",
     *(f"{what}_{d}" for what in ("size", "group") for d in range(4)), "group_row", "group_column", "score_row",
-    "score_column", "num_pixels",
+    "score_column", "num_pixels", "num_masks",
 }  # fmt: skip  # arguments that are no multiples of 16 as a rule
 
 
-_SIZES = {"m", "n", "k", "x_row", "grad_out_row", "weight_row", "weight_column"}
+_SIZES = {"m", "n", "k", "x_row", "grad_out_row", "weight_row", "weight_column", "x_mask", "grad_out_mask"}
 _TUPLES = {
     "sizes": 6, "window": 6, "x_strides": 4, "out_strides": 4, "grad_strides": 4, "weight_strides": 4,
     "score_strides": 4, "score_groups": 4, "numbers": 7,
