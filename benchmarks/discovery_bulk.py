@@ -38,13 +38,27 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def objective(dtype: torch.dtype, device: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """lm_loss without its stacked pass, under bf16 autocast if asked."""
+def objective(dtype: torch.dtype, device: str, has_stacked: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """lm_loss, under bf16 autocast if asked, with its stacked pass or without."""
+
+    def cast() -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with cast():
             return lm_loss(model, batch)
 
+    def stacked(model: nn.Module) -> Callable[..., Any]:
+        run = lm_loss.stacked(model)  # pyright: ignore
+
+        def under_autocast(weights: dict[str, Tensor], batch: Tensor) -> Any:
+            with cast():
+                return run(weights, batch)
+
+        return under_autocast
+
+    if has_stacked:
+        loss.stacked = stacked  # pyright: ignore
     return loss
 
 
@@ -59,7 +73,7 @@ class Contender:
         self.members = 1 if members_at_once is None else members
         self.seconds: list[float] = []
         model = LeanGPT2(GPT2Shape(layers=layers), torch.Generator().manual_seed(0)).eval().to(device)
-        loss = lm_loss if members_at_once == 0 else objective(dtype, device)
+        loss = objective(dtype, device, members_at_once == 0)
         config = DiscoveryConfig()
         if members_at_once is not None:
             penalties = [1e-8 * 3**i for i in range(members // 2)]
@@ -98,9 +112,7 @@ def run(layers: int, batch: int, members: int, steps: int, device: str, at_once:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         with contextlib.ExitStack() as scope:
-            kinds: list[int | None] = [None, *at_once]
-            if dtype == torch.float32 and getattr(lm_loss, "stacked", None) is not None:
-                kinds.append(0)
+            kinds: list[int | None] = [None, *at_once, 0]
             contenders = [Contender(scope, layers, members, kind, dtype, device) for kind in kinds]
             source = batches(batch, device)
             for step, drawn in zip(range(steps + 1), source, strict=False):
