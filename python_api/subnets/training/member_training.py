@@ -101,7 +101,8 @@ Network = GPT2Shape | Callable[[list[dict[str, Tensor]], torch.device], Stack]
 
 
 class StackTrainer:
-    """Trains a stack; `checkpoint` (a path) makes it resumable at any kill, with the same numbers as an unbroken run.
+    """Trains a stack; `checkpoint` (a path) makes it resumable at any kill, with the same numbers as an unbroken run
+    (on a CUDA device within rounding: there the embedding's gradient is summed by atomic additions).
 
     Args:
         network: the shape of the GPT-2s, or a function of (state dicts, device) that makes a stack (`StackedModule`).
@@ -258,9 +259,10 @@ class StackTrainer:
                 at.best, at.best_epoch = accuracy, -(-state.step // steps)
                 better.append(place)
         self.step.totals[places] = 0.0
-        for name, value in self.net.params.items():
-            for place in better:
-                self.best[name][place].copy_(value[place])
+        if better:
+            rows = torch.tensor(better, device=self.device)
+            for name, value in self.net.params.items():
+                self.best[name].index_copy_(0, rows, value.index_select(0, rows))
 
     def _accuracies(self, params: dict[str, Tensor], sets: StackedRows, places: list[int]) -> list[float]:
         """Share of right answers of the members at these places with these parameters."""
