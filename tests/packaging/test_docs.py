@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
+RUNS = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "discovery.md"]
 
 
 @pytest.mark.parametrize("page", RUNS, ids=lambda page: page.name)
