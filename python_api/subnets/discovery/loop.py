@@ -31,7 +31,7 @@ _DEFAULTS = DiscoveryConfig()
 def discover(
     model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig = _DEFAULTS, *,
     evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (), progress: bool | None = None,
-) -> Discovery | Any:
+) -> Discovery | Any:  # Any: Discoveries where config.is_bulk, without a cast at every call that is not
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
 
@@ -49,11 +49,12 @@ def discover(
         evaluate: model -> float, larger is better; called after every epoch without grad and with hard masks. The best
             epoch's masks are kept, the latest of equal ones; without it those of the last epoch.
         callbacks: each called as callback(row, masks) after every epoch, before the checkpoint is written; row is the
-            epoch's entry of the history.
+            epoch's entry of the history; in bulk called for each member, whose seed, lam and score_init row then names.
         progress: True shows a progress bar, False none, None one if stderr is a terminal.
 
     Returns:
-        A :class:`Discovery`.
+        A :class:`Discovery`; :class:`Discoveries` if config lists seeds, penalties or score_inits. Then the objective
+        is called for several members at once, under torch.func.vmap (docs/discovery.md); each member ends as alone.
 
     Raises:
         ValueError: batches do not fit config; a loss, score or evaluation is not finite (checked once per epoch; the
