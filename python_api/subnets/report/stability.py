@@ -179,7 +179,7 @@ def _histogram(found: Discoveries) -> Figure:
         axes.set_xlabel("seeds that keep a weight")
         axes.set_title(f"λ={group[0]:g}" + (f", init {group[1]:g}" if len(found.score_inits) > 1 else ""), fontsize=9)
     all_axes[0].set_ylabel("share of all weights")
-    all_axes[0].legend(fontsize=7)
+    all_axes[0].legend(fontsize=7, loc="upper center")
     return figure
 
 
