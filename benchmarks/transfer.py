@@ -92,7 +92,7 @@ class Stacked:
     def kept(self) -> int:
         """Bytes that live from step to step: weights, gradients, moments and planted entries."""
         step = self.trainer.step
-        planted = sum(mask.numel() + 4 * values.numel() for mask, values in step.frozen.values())
+        planted = sum(8 * free.numel() for free, _ in step.planted.values())
         return sum(16 * value.numel() for value in self.trainer.net.params.values()) + planted
 
 

@@ -101,7 +101,8 @@ class StackStep:
         clip: float | None, seeds: Tensor, dropout: float, frozen: Mapping[str, tuple[Tensor, Tensor]],
     ) -> None:  # fmt: skip
         self.net, self.data, self.batch, self.rates, self.clip = net, data, batch, rates, clip
-        self.decay, self.betas, self.dropout, self.frozen = decay, (0.9, beta2), dropout, dict(frozen)
+        self.decay, self.betas, self.dropout = decay, (0.9, beta2), dropout
+        self.planted = {name: _bits_of(mask, values) for name, (mask, values) in frozen.items()}
         self.device = rates.device
         longest = -(-max(data.lengths) // batch) * batch
         self.order = torch.zeros(net.members, longest, dtype=torch.int64, device=self.device)
@@ -143,9 +144,9 @@ class StackStep:
         for name, value in self.net.params.items():
             kept = {key: state[members] if state.dim() else state for key, state in moments[name].items()}
             self.optimizer.state[value] = kept
-        for name, (mask, values) in self.frozen.items():
-            first = members[members < len(mask)]
-            self.frozen[name] = mask[first], values[first]
+        for name, (free, bits) in self.planted.items():
+            first = members[members < len(free)]
+            self.planted[name] = free[first], bits[first]
         self.graph, self.is_warm = None, False
 
     def __call__(self, rows: int) -> None:
@@ -176,9 +177,8 @@ class StackStep:
             _clip_members(self.net.grads, self.clip)
         self.lr.copy_(self.rates.gather(0, self.count.view(1))[0])
         self.optimizer.step()
-        for name, (mask, values) in self.frozen.items():
-            planted = self.net.params[name][: len(mask)]
-            torch.where(mask, values, planted, out=planted)
+        for name, (free, bits) in self.planted.items():
+            self.net.params[name][: len(free)].view(free.dtype).bitwise_and_(free).bitwise_or_(bits)
         self.count.add_(1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -198,6 +198,14 @@ class StackStep:
             }
         for name in ("count", "totals", "losses"):
             getattr(self, name).copy_(tensors[name])
+
+
+def _bits_of(mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Planted entries as integers: (all ones where an entry is free and zeros where it is planted, the values' bits where
+    it is planted). ``(bits & free) | planted`` puts them back, in a fifth of torch.where's time on a CPU."""
+    whole = {4: torch.int32, 8: torch.int64}[values.element_size()]
+    planted = mask.to(whole).neg_()  # -1: all ones
+    return ~planted, values.view(whole) & planted
 
 
 def _clip_members(grads: dict[str, Tensor], largest: float) -> None:
