@@ -232,7 +232,9 @@ class NativeBackend(ExtensionBackend):
         for part, score in zip(parts, scores.unbind(), strict=True):
             out, penalty, w_eff = self.masked_linear(part, weight, score, beta, bias, kind, "cached")
             assert w_eff is not None
-            outs.append(out), penalties.append(penalty), w_effs.append(w_eff)
+            outs.append(out)
+            penalties.append(penalty)
+            w_effs.append(w_eff)
         return torch.cat(outs), torch.stack(penalties), w_effs
 
     def masked_linear_of_masks_backward(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from ..backends.base import Backend
@@ -25,7 +26,7 @@ def is_vmapped() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     interpreters = retrieve_all_functorch_interpreters()
-    return all(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in interpreters)
+    return all(interpreter.key() == TransformType.Vmap for interpreter in interpreters)
 
 
 def is_transformed(op: str, backend: str | None = None) -> bool:
