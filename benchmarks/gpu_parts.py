@@ -6,6 +6,7 @@ import atexit
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -280,6 +281,27 @@ def masks(check: Check) -> None:
         check.save()
 
 
+def bulk(check: Check) -> None:
+    """The arithmetic network in bulk: transfer runs in a stack against one at a time, discoveries against one."""
+    from . import discovery_bulk, transfer  # the experiment's libraries, which no other part needs
+
+    common = ["--device", check.device, "--threads", str(torch.get_num_threads())]
+    if check.device == "cpu":
+        transfers, discoveries = [(1, 2)], [(1, 2, "1,2")]
+        few = ["--rounds", "1", "--steps", "1"], ["--batch", "10", "--steps", "2"]
+    else:
+        transfers, discoveries = [(2, 16), (2, 128), (12, 128)], [(4, 8, "1,8"), (12, 8, "1,8")]
+        few = ["--rounds", "7"], []
+    for layers, runs in transfers:
+        csv = check.out / f"transfer_{layers}layers_{runs}runs.csv"
+        transfer.main(["--layers", f"{layers}", "--runs", f"{runs}", *few[0], *common, "--csv", str(csv)])
+    for layers, members, at_once in discoveries:
+        csv = check.out / f"discovery_bulk_{layers}layers.csv"
+        sizes = ["--layers", f"{layers}", "--members", f"{members}", "--at-once", at_once]
+        with warnings.catch_warnings():
+            discovery_bulk.main([*sizes, *few[1], *common, "--csv", str(csv)])
+
+
 def conv(check: Check) -> None:
     """ResNet-18's convolutions, channels_last first; not compiled: the model's step is."""
     chosen = cases.GPU_CONV_CASES
@@ -334,6 +356,7 @@ PARTS = (
     Part("ceilings", ceilings, 10, 30),
     Part("optimizer", optimizer, 15, 40),
     Part("masks", masks, 15, 60),
+    Part("bulk", bulk, 20, 120),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
     Part("stretch", stretch, 20, 120),
