@@ -117,7 +117,8 @@ class MaskAdamW(torch.optim.AdamW):
         lam: weight of the penalty per masked weight, finite and >= 0. Or a 0-d floating-point tensor on the scores'
             device, which may be changed in place between steps; its value is read on the device only, so that it is
             not checked. Or one per mask, for scores of G masks: a sequence of G floats, or a tensor [G].
-        lr may be one per mask too, likewise (torch's schedulers know no such rate).
+        lr may be one per mask too, likewise; a tensor's values are not checked (torch's schedulers know no such
+            rate).
         capturable: as AdamW's: a step may be captured in a CUDA graph. Numbers that are no tensors are then part of
             the graph; give a lam or lr that is to change as a tensor.
         in_backward: step scores in the backward pass, see above.

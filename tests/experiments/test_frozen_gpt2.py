@@ -129,3 +129,27 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         run(weights, sequences.expand(2, -1, -1))
     with pytest.raises(ValueError, match=r"h.0.attn.c_attn.weight and 7 more\), got \['x'\]"):
         run({("x" if name == "h.0.attn.c_attn.weight" else name): w for name, w in weights.items()}, sequences)
+
+
+def test_a_model_with_hooks_is_left_to_its_own_forward_pass():
+    model = LeanGPT2(SHAPE).eval()
+    mask_model(model, score_init=0.1)
+    assert lm_loss.stacked(model) is not None
+    handle = model.h[0].mlp.register_forward_hook(lambda module, args, out: out * 1.5)
+    assert lm_loss.stacked(model) is None
+    handle.remove()
+    assert lm_loss.stacked(model) is not None
+
+
+def test_a_context_longer_than_the_sequences_is_served():
+    model = LeanGPT2(GPT2Shape(layers=1, width=16, heads=2, vocabulary=23, context=8)).eval()
+    names = model.shape.masked_names()
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: state[name][None].clone().requires_grad_() for name in names}
+    sequences = torch.randint(23, (5, 4), generator=torch.Generator().manual_seed(0))
+    losses, grads = FrozenGPT2(model.shape, state)({name: w.detach() for name, w in weights.items()}, sequences)
+    loss = lm_loss(model, sequences)
+    expected = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+    torch.testing.assert_close(losses[0], loss.detach())
+    for name, grad in zip(names, expected, strict=True):
+        torch.testing.assert_close(grads[name][0], grad)

@@ -14,6 +14,7 @@ from subnets.experiments.arithmetic import data
 from subnets.training.gpt2 import GPT2Shape, LeanGPT2, lm_loss
 from subnets.training.member_training import Member, MemberResult, Recipe, StackTrainer, train_stack
 from subnets.training.seeds import seed_for, torch_generator
+from subnets.training.stack_step import _bits_of
 from subnets.training.stacked import DropoutNoise, StackedGPT2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -247,6 +248,35 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path: Path, killed
         assert ours.test_accuracy == last.test_accuracy == theirs.test_accuracy
         for name, value in theirs.state.items():
             assert torch.equal(ours.state[name], value) and torch.equal(last.state[name], value)
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    members = [member(0), member(1)]
+    StackTrainer(DROPPING, members, RECIPE, checkpoint=path, checkpoint_seconds=0.0).run()
+    others = {
+        "members": (DROPPING, [member(0), member(2)], RECIPE),
+        "members$": (DROPPING, [member(0)], RECIPE),
+        "recipe": (DROPPING, members, dataclasses.replace(RECIPE, lr=2 * RECIPE.lr)),
+        "parameters": (dataclasses.replace(DROPPING, layers=DROPPING.layers + 1), None, RECIPE),
+    }
+    for what, (shape, given, recipe) in others.items():
+        if given is None:
+            deeper = LeanGPT2(shape, torch_generator("deeper")).state_dict()
+            given = [dataclasses.replace(m, state=deeper) for m in members]
+        with pytest.raises(ValueError, match=f"belongs to another training, these differ: .*{what.rstrip('$')}"):
+            StackTrainer(shape, given, recipe, checkpoint=path).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_planted_bits_come_back_in_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.tensor([1.5, -0.0, float("nan"), float("inf"), 3.0], dtype=dtype)
+    mask = torch.tensor([True, True, True, False, False])
+    free, bits = _bits_of(mask, values)
+    trained = torch.tensor([2.0, 1.0, -4.0, float("-inf"), -0.0], dtype=dtype)
+    now = trained.clone()
+    now.view(free.dtype).bitwise_and_(free).bitwise_or_(bits)
+    assert torch.equal(now.view(free.dtype), torch.where(mask, values, trained).view(free.dtype))
 
 
 def test_clipping_bounds_each_members_gradient_norm_as_torch_does() -> None:

@@ -147,13 +147,18 @@ def _shared_names(shape: GPT2Shape) -> list[str]:
     return ["wte.weight", "wpe.weight", *(f"{norm}.{part}" for norm in norms for part in ("weight", "bias")), *biases]
 
 
+def _has_hooks(model: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in model.modules() for kind in kinds)
+
+
 def stacked_lm_loss(model: nn.Module) -> Callable[[Mapping[str, Tensor], Tensor], Any] | None:
     """`lm_loss` for many masks over one model: (weights, sequences) -> (losses, gradients), as `FrozenGPT2`.
 
-    Under autocast the products take its dtype. None where it does not serve: the model is no `LeanGPT2` or would drop
-    out, or a layer is masked that is none of its projections.
+    Under autocast the products take its dtype. None where it does not serve: the model is no `LeanGPT2`, would drop out
+    or has hooks, or a layer is masked that is none of its projections.
     """
-    if type(model) is not LeanGPT2 or (model.training and model.shape.dropout > 0):
+    if type(model) is not LeanGPT2 or (model.training and model.shape.dropout > 0) or _has_hooks(model):
         return None
     scores = [name for name, _ in model.named_parameters() if name.endswith(".scores")]
     masked = {name.removesuffix("scores") + "weight" for name in scores}

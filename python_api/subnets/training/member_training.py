@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from subnets.training.seeds import seed_for, torch_generator
 from subnets.training.stack_step import Rows, Stack, StackedRows, StackStep
 from subnets.training.stacked import StackedGPT2
 
+_SETS = ("train", "validation", "test")
 _EVALUATION_CHUNK = 250  # rows per forward pass: keeps activations of a dozen members near the caches
 
 
@@ -112,8 +113,8 @@ class StackTrainer:
         device: where to train; a CUDA device replays the whole step as a CUDA graph.
 
     Raises:
-        ValueError: no members, none of a member's rows, epochs or batch below 1, or a decaying rate for members whose
-            epochs have different numbers of steps.
+        ValueError: no members, none of a member's rows, epochs or batch below 1, a decaying rate for members whose
+            epochs have different numbers of steps; at `run`, a checkpoint of other members or another recipe.
     """
 
     def __init__(
@@ -301,10 +302,25 @@ class StackTrainer:
         if self.progress.active:
             tensors |= self.step.tensors()
         state = {**vars(self.progress), "standing": [vars(at) for at in self.progress.standing]}
-        save_tensors(path, tensors, {"progress": json.dumps(state)})
+        save_tensors(path, tensors, {"progress": json.dumps(state), "of": json.dumps(self._identity())})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to: the recipe and, for each member, its name, streams and sizes."""
+        members = [
+            [member.label, list(member.streams), *(_num_rows(getattr(member, name)) for name in _SETS)]
+            for member in self.members
+        ]
+        shapes = {name: list(value.shape[1:]) for name, value in self.net.params.items()}
+        return json.loads(json.dumps({"recipe": asdict(self.recipe), "members": members, "parameters": shapes}))
 
     def _load_checkpoint(self, path: Path) -> _Progress:
         tensors, metadata = load_tensors(path)
+        theirs, ours = json.loads(metadata.get("of", "{}")), self._identity()
+        if other := [name for name in ours if theirs.get(name) != ours[name]]:
+            raise ValueError(
+                f"train_stack: the checkpoint {path} belongs to another training, these differ: {', '.join(other)}; "
+                "use another path, or delete it to start over"
+            )
         state: dict[str, Any] = json.loads(metadata["progress"])
         active = state["active"]
         self._keep([self.progress.active.index(i) for i in active])
@@ -345,7 +361,7 @@ def _check_members(members: Sequence[Member], recipe: Recipe) -> None:
         raise ValueError(
             f"train_stack: epochs and batch must be at least 1, got epochs={recipe.epochs}, batch={recipe.batch}"
         )
-    for name in ("train", "validation", "test"):
+    for name in _SETS:
         lengths = [_num_rows(getattr(member, name)) for member in members]
         if 0 in lengths:
             raise ValueError(f"train_stack: every member needs {name} rows, got none for member {lengths.index(0)}")

@@ -203,7 +203,7 @@ class StackStep:
 def _bits_of(mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Planted entries as integers: (all ones where an entry is free and zeros where it is planted, the values' bits
     where it is planted). ``(bits & free) | planted`` puts them back, in a fifth of torch.where's time on a CPU."""
-    whole = {4: torch.int32, 8: torch.int64}[values.element_size()]
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     planted = mask.to(whole).neg_()  # -1: all ones
     return ~planted, values.view(whole) & planted
 

@@ -186,7 +186,7 @@ class StackedGPT2:
         else:
             shares = live.to(right.dtype) / (live.sum(1, keepdim=True) * inputs.shape[2])
             shares = shares.repeat_interleave(inputs.shape[2], 1)[..., None]
-        self._backward(tape, grad_logits, shares)
+        self._backward(tape, grad_logits, shares, sequences.shape[1])
         return losses.mul_(shares).sum((1, 2))
 
     @torch.no_grad()
@@ -287,12 +287,11 @@ class StackedGPT2:
 
     # ----------------------------------------------------------------- backward
 
-    def _backward(self, tape: _Tape, grad_logits: Tensor, shares: Tensor) -> None:
+    def _backward(self, tape: _Tape, grad_logits: Tensor, shares: Tensor, batch: int) -> None:
         """`grad_logits` [P, M, vocabulary] of each row's own loss; `shares` [P, M, 1] of the rows in the mean."""
         shape = self.shape
         assert tape.norm_f is not None
         grad = self._norm_backward("ln_f", self._head_backward(tape, grad_logits, shares), tape.norm_f)
-        batch = tape.tokens.numel() // (self.members * (shape.context - 1))
         for i in reversed(range(shape.layers)):
             grad = self._block_backward(i, grad, tape.blocks[i], batch)
         self._embedding_backward(tape, grad, batch)
