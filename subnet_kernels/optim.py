@@ -734,7 +734,7 @@ def _check_lam_value(lam: PerMask, params: list[Tensor]) -> PerMask:
         devices = {str(scores.device) for scores in params}
         if lam.dim() > 1 or not lam.is_floating_point() or {str(lam.device)} != devices:
             raise ValueError(
-                f"MaskAdamW: a tensor lam must be 0-d (or [masks]), floating-point and on the scores' device "
+                f"MaskAdamW: a tensor lam must be 0-d, floating-point and on the scores' device "
                 f"({', '.join(sorted(devices))}), got {lam.dtype} {list(lam.shape)} on {lam.device}"
             )
     elif not all(0 <= part < math.inf for part in (lam if isinstance(lam, tuple) else (lam,))):  # pyright: ignore

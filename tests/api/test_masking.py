@@ -346,9 +346,17 @@ def test_a_lam_in_a_tensor_equals_the_float_may_change_in_place_and_is_not_read_
     assert optimizer.param_groups[0]["lam"] is lam and lam.item() == 0.25
 
 
-@pytest.mark.parametrize("lam", [torch.ones(1), torch.tensor(1), torch.zeros((), device="meta")])
-def test_a_lam_in_a_tensor_of_another_form_is_refused(lam):
-    with pytest.raises(ValueError, match="a tensor lam must be 0-d, floating-point and on the scores' device"):
+@pytest.mark.parametrize(
+    "lam, words",
+    [
+        (torch.ones(1), "1 values of lam, one per mask, need scores of 1 masks"),
+        (torch.ones(1, 1), "a tensor lam must be 0-d, floating-point and on the scores' device"),
+        (torch.tensor(1), "a tensor lam must be 0-d, floating-point and on the scores' device"),
+        (torch.zeros((), device="meta"), "a tensor lam must be 0-d, floating-point and on the scores' device"),
+    ],
+)
+def test_a_lam_in_a_tensor_of_another_form_is_refused(lam, words):
+    with pytest.raises(ValueError, match=words):
         mask_model(mlp()).adamw(lam=lam)
     with pytest.raises(ValueError, match="lam=a tensor needs masked layers' scores"):
         MaskAdamW([nn.Parameter(torch.ones(1))], lam=torch.tensor(0.1))
