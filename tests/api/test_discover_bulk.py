@@ -313,6 +313,44 @@ def test_an_objective_that_vmap_refuses_runs_one_member_after_the_other_and_says
     assert_same(many, alone(SMALL, classifier, Noisy(), branching, no_score))
 
 
+def by_chance(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Draws with probabilities from the masked network: vmap has no draw that members share for that."""
+    logits = model(batch[0])
+    return (F.cross_entropy(logits, batch[1], reduction="none") * torch.bernoulli(logits[:, 0].sigmoid())).mean()
+
+
+def drawing_and_branching(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = classify(model, (batch[0] + torch.randn(16, 4), batch[1]))
+    return loss * 2 if loss.item() > 1 else loss
+
+
+@pytest.mark.parametrize("objective, members_at_once", [(by_chance, 4), (drawing_and_branching, None)])
+def test_an_objective_that_draws_and_that_vmap_refuses_is_as_alone(objective, members_at_once):
+    """It is tried across seeds, within one seed, and one by one."""
+    config = dataclasses.replace(SMALL, seeds=(0, 1), members_at_once=members_at_once)
+    with pytest.warns(RuntimeWarning, match="can't run this objective for 2 members at once"):
+        many = together(config, classifier, Noisy(), objective, no_score)
+    assert_same(many, alone(config, classifier, Noisy(), objective, no_score))
+
+
+def test_members_that_do_not_fit_in_memory_are_halved_until_they_do():
+    tried = []
+    original = passes.Passes.together
+
+    def fitting_two(self, first, last, batches, randomness):
+        tried.append(last - first)
+        if last - first > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, first, last, batches, randomness)
+
+    config = dataclasses.replace(SMALL, epochs=1, penalties=(1e-4, 1e-2), score_inits=(-0.1, 0.1), members_at_once=8)
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(RuntimeWarning, match="do not fit in memory; at most [42]") as said:
+        patch.setattr(passes.Passes, "together", fitting_two)
+        many = together(config, classifier, Noisy(), classify, no_score)
+    assert tried[:3] == [8, 4, 2] and tried.count(2) == 3 * 4 and len(said) == 2
+    assert_close(many, alone(config, classifier, Noisy(), classify, no_score))
+
+
 def test_an_objective_may_read_scores_masks_and_the_penalty_of_the_member_it_runs_for():
     def regularised(model: nn.Module, batch) -> Tensor:
         with masks_of(model).collect_penalty() as penalty:

@@ -115,20 +115,25 @@ class BulkRun:
             with streams.at(0, advance=False):
                 self.passes.measure(batches[0])
         before = list(streams.states)
-        try:
-            losses = self._passes(batches, streams)
-        except _CanNotShare as reason:
-            if reason.warning is not None:
-                warnings.warn(reason.warning, RuntimeWarning, stacklevel=2)
-                self.passes.at_once = 1
-            else:
-                self.passes.by_seed = True
-            streams.states = before
-            self.passes.forget()
-            losses = self._passes(batches, streams)
+        losses = None
+        while losses is None:  # again in another way: seed by seed, fewer at once, and at last one by one
+            try:
+                losses = self._passes(batches, streams)
+            except _CanNotShare as reason:
+                self._share_less(reason)
+                streams.states = list(before)
+                self.passes.forget()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses
+
+    def _share_less(self, reason: _CanNotShare) -> None:
+        """Each of these happens a few times at most: by_seed is set once, at_once falls."""
+        if reason.warning is None:
+            self.passes.by_seed = True
+        else:
+            warnings.warn(reason.warning, RuntimeWarning, stacklevel=3)
+            self.passes.at_once = reason.at_once
 
     def _passes(self, batches: list[Any], streams: Streams) -> Tensor:
         """All members' losses and gradients."""
@@ -145,7 +150,7 @@ class BulkRun:
                 now = self.random_state.get()
                 losses.append(self._pass(first, last, its, "error"))
                 if not self.random_state.is_at(now):
-                    raise _CanNotShare
+                    raise _CanNotShare(None)
         return torch.cat(losses)
 
     def _pass(self, first: int, last: int, batches: list[Any], randomness: str) -> Tensor:
@@ -153,11 +158,20 @@ class BulkRun:
             return self.passes.alone(first, batches[0])[None]
         try:
             return self.passes.together(first, last, batches, randomness)
+        except torch.OutOfMemoryError:
+            if last - first == 1:
+                raise
+            fewer = (last - first) // 2
+            raise _CanNotShare(
+                f"discover: {last - first} members at once do not fit in memory; at most {fewer} share a "
+                f"pass from now on; members_at_once={fewer} has that from the start",
+                fewer,
+            ) from None
         except Exception as error:
             if self.passes.stacked is not None:
                 raise
-            if "called random operation while in randomness error mode" in str(error):
-                raise _CanNotShare from None
+            if randomness == "error" and "called random operation while in randomness error mode" in str(error):
+                raise _CanNotShare(None) from None
             lines = str(error).strip().splitlines() or [""]
             raise _CanNotShare(
                 f"discover: torch.func.vmap can't run this objective for {last - first} members at once "
@@ -211,11 +225,12 @@ class BulkRun:
 
 
 class _CanNotShare(Exception):
-    """A pass of several members that has to be done in another way; with a warning, one member at a time."""
+    """A pass of several members that has to be done in another way: with a warning, at most ``at_once`` members a pass;
+    without one, the members of one seed alone."""
 
-    @property
-    def warning(self) -> str | None:
-        return self.args[0] if self.args else None
+    def __init__(self, warning: str | None, at_once: int = 1) -> None:
+        super().__init__(warning)
+        self.warning, self.at_once = warning, at_once
 
 
 class MemberScores:
