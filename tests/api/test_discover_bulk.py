@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -331,6 +333,54 @@ def test_an_objective_that_draws_and_that_vmap_refuses_is_as_alone(objective, me
     with pytest.warns(RuntimeWarning, match="can't run this objective for 2 members at once"):
         many = together(config, classifier, Noisy(), objective, no_score)
     assert_same(many, alone(config, classifier, Noisy(), objective, no_score))
+
+
+@pytest.mark.parametrize("members_at_once", [1, 4, None])
+def test_an_objective_that_has_to_be_mended_is_refused_in_words_as_alone(members_at_once):
+    """No warning comes first, and a vector of losses is not summed over."""
+    config = dataclasses.replace(SMALL, members_at_once=members_at_once)
+
+    def vector(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    def detached(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return classify(model, batch).detach()
+
+    def writing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        batch[0].mul_(0.5)
+        return classify(model, batch)
+
+    def writing_by_the_masks(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = classify(model, batch)
+        batch[0][:, 0] += loss.detach()
+        return loss
+
+    for way in (vector, "must return a 0-d tensor, got a tensor of shape [16]"), (detached, "does not depend on the s"):
+        for members in (config, config.members()[0]):
+            with pytest.raises((TypeError, ValueError), match=re.escape(way[1])):
+                together(members, classifier, Noisy(), way[0], no_score)
+    for objective in (writing, writing_by_the_masks):
+        for batches in (Noisy(), list(Noisy())):
+            is_tried_first = members_at_once == 4 and objective is writing_by_the_masks and isinstance(batches, list)
+            with (
+                pytest.warns(RuntimeWarning) if is_tried_first else contextlib.nullcontext(),
+                pytest.raises(ValueError, match="writes into its batch, which members of a discovery in bulk share"),
+            ):
+                together(config, classifier, batches, objective, no_score)
+
+
+def test_an_objective_may_take_its_batchs_containers_apart():
+    def taking(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        target = batch.pop("target")
+        return F.cross_entropy(model(**batch), target)
+
+    def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
+        return ({"input": x, "target": y} for x, y in Noisy())
+
+    for members_at_once in (1, 4):
+        config = dataclasses.replace(SMALL, members_at_once=members_at_once)
+        many = together(config, classifier, batches, taking, no_score)
+        assert_close(many, alone(config, classifier, batches, taking, no_score))
 
 
 def test_members_that_do_not_fit_in_memory_are_halved_until_they_do():

@@ -33,7 +33,7 @@ from .config import DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import EpochData, EpochOfSeeds, can_stack
 from .discoveries import Discoveries
-from .passes import Passes
+from .passes import ObjectiveError, Passes
 from .random_state import RandomState, Streams
 from .record import Callback, Evaluate, Record, check_score, lam_per_weight
 
@@ -168,7 +168,7 @@ class BulkRun:
                 fewer,
             ) from None
         except Exception as error:
-            if self.passes.stacked is not None:
+            if self.passes.stacked is not None or isinstance(error, ObjectiveError):
                 raise
             if randomness == "error" and "called random operation while in randomness error mode" in str(error):
                 raise _CanNotShare(None) from None

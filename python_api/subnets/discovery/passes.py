@@ -63,7 +63,8 @@ class Passes:
         with contextlib.ExitStack() as stack:
             for name, layer in self.masks.layers.items():
                 stack.enter_context(layer.serve(parts[name], *_effective(layer, parts[name])))
-            loss = self.objective(self.masks.model, batch)
+            with _unwritten(batch) as batch:
+                loss = self.objective(self.masks.model, batch)
         check_loss(loss)
         loss.backward()
         self._keep_gradients(member, parts)
@@ -81,6 +82,7 @@ class Passes:
             torch.autograd.backward([weights[name] for name in grads], list(grads.values()))
         else:
             losses = self._vmapped(parts, made, batches, randomness)
+            _check_has_gradient(losses)
             losses.sum().backward()
         self._keep_gradients(slice(first, last), parts)
         return losses.detach()
@@ -94,10 +96,12 @@ class Passes:
             with contextlib.ExitStack() as stack:
                 for name, layer in self.masks.layers.items():
                     stack.enter_context(layer.serve(scores[name], *made[name]))
-                return self.objective(self.masks.model, tree_unflatten(leaves, spec))
+                loss = self.objective(self.masks.model, tree_unflatten(leaves, spec))
+            _check_is_scalar(loss)  # of one member: vmap hides the others
+            return loss
 
         run = torch.func.vmap(loss_of, in_dims=(0, 0, *dims), randomness=randomness)
-        with _attention_for_vmap(self.masks), _AutocastForVmap():
+        with _attention_for_vmap(self.masks), _AutocastForVmap(), _unwritten(leaves) as leaves:
             return run(parts, made, *leaves)
 
     def _parts(self, which: int | slice) -> dict[str, Tensor]:
@@ -138,16 +142,55 @@ class Passes:
             scores.grad = None
 
 
+class ObjectiveError(Exception):
+    """The objective has to be mended: to run it in another way would not help."""
+
+
+class ObjectiveTypeError(ObjectiveError, TypeError):
+    pass
+
+
+class ObjectiveValueError(ObjectiveError, ValueError):
+    pass
+
+
 def check_loss(loss: Any) -> None:
     """Raise in words unless this is a 0-d tensor with a gradient."""
+    _check_is_scalar(loss)
+    _check_has_gradient(loss)
+
+
+def _check_is_scalar(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"discover: objective must return a 0-d tensor, got {got}; reduce it, e.g. with .mean()")
+        raise ObjectiveTypeError(
+            f"discover: objective must return a 0-d tensor, got {got}; reduce it, e.g. with .mean()"
+        )
+
+
+def _check_has_gradient(loss: Tensor) -> None:
     if not loss.requires_grad:
-        raise ValueError(
+        raise ObjectiveValueError(
             "discover: the objective's loss does not depend on the scores; compute it with the model it is given, "
             "without no_grad, detach or argmax"
         )
+
+
+@contextlib.contextmanager
+def _unwritten(batch: Any) -> Iterator[Any]:
+    """The batch in containers of its own, which an objective may take apart; its tensors must stay as they are: the
+    other members are served the same ones."""
+    leaves, spec = tree_flatten(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]  # those can't change
+    before = [tensor._version for tensor in tensors]
+    try:
+        yield tree_unflatten(leaves, spec)
+    finally:
+        if before != [tensor._version for tensor in tensors]:
+            raise ObjectiveValueError(
+                "discover: the objective writes into its batch, which members of a discovery in bulk share; let it "
+                "work on a copy (x = x.clone(), or x + noise in place of x += noise)"
+            )
 
 
 def _effective(layer: MaskedLayer, scores: Tensor) -> tuple[Tensor, Tensor]:
