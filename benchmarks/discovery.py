@@ -22,6 +22,7 @@ from subnets.discovery.bar import Bar
 from subnets.discovery.config import DiscoveryConfig
 from subnets.discovery.data import EpochData
 from subnets.discovery.loop import _masked, _Run
+from subnets.discovery.random_state import RandomState
 from subnets.experiments.arithmetic import data, stages
 from subnets.experiments.arithmetic.config import make_config
 from subnets.training.gpt2 import LeanGPT2, accuracy, lm_loss
@@ -64,7 +65,8 @@ class Ours(Contender):
     def start(self) -> None:
         self.scope = contextlib.ExitStack()
         self.masks = self.scope.enter_context(_masked(self.model, self.config))
-        self.run = _Run(self.masks, EpochData(self.batches, self.config), self.loss, self.config, None, ())
+        everything, state = EpochData(self.batches, self.config), RandomState([torch.device("cpu")])
+        self.run = _Run(self.masks, everything, self.loss, self.config, None, (), state)
         self.bar = Bar(None, 0, False)
 
     def epoch(self, epoch: int) -> None:

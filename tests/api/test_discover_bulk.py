@@ -202,6 +202,60 @@ def test_members_of_a_seed_share_one_draw_and_a_list_is_shared_by_all():
     assert seen and not any(seen)
 
 
+class Skipping(nn.Module):
+    """A second layer that not every batch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x) if len(x) == 16 else x
+
+
+class SometimesShort:
+    """Whole batches and short ones, in another order for each seed."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        sizes = torch.tensor([16, 8, 16, 8, 8])[torch.randperm(5)].tolist()
+        return ((torch.randn(size, 4), torch.randint(3, (size,))) for size in sizes)
+
+
+@pytest.mark.parametrize("penalties", [(0.0, 1e-2), (0.0,), (1e-2,)])
+def test_a_layer_that_not_every_batch_runs_is_stepped_as_alone_with_and_without_a_penalty(penalties):
+    """A missing gradient is one of zeros: alone too, and with lam 0."""
+    config = dataclasses.replace(SMALL, penalties=penalties, seeds=(0, 1), epochs=4, weight_decay=0.3)
+    ours: dict[tuple[int, float], list[Tensor]] = {}
+    theirs: list[Tensor] = []
+
+    def keep_ours(row, masks) -> None:
+        ours.setdefault((row["seed"], row["lam"]), []).append(masks.scores()["second.scores"].detach().clone())
+
+    def keep_theirs(row, masks) -> None:
+        theirs.append(masks.scores()["second.scores"].detach().clone())
+
+    discover(Skipping(), SometimesShort(), classify, config, callbacks=[keep_ours])
+    for member in config.members():
+        theirs.clear()
+        discover(Skipping(), SometimesShort(), classify, member, callbacks=[keep_theirs])
+        for our, their in zip(ours[member.seed, member.lam], theirs, strict=True):
+            torch.testing.assert_close(our, their, rtol=0, atol=1e-6)
+
+
+def test_a_layer_that_no_batch_runs_decays():
+    config = DiscoveryConfig(epochs=3, lr=0.5, lam=0.0, weight_decay=0.1, score_init=2.0)
+    seen = []
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,)))] * 2
+    discover(
+        Skipping(), batches, classify, config,
+        callbacks=[lambda row, masks: seen.append(masks.scores()["second.scores"].detach().clone())],
+    )  # fmt: skip
+    for epoch, scores in enumerate(seen):
+        assert torch.allclose(scores, torch.full_like(scores, 2.0 * (1 - 0.5 * 0.1) ** (2 * (epoch + 1))))
+
+
 def test_batches_of_different_shapes_go_seed_by_seed():
     class Ragged:
         def __iter__(self):
@@ -656,11 +710,13 @@ def test_target_density_ends_near_it_from_penalties_that_are_far_off(is_bulk):
     config = DiscoveryConfig(epochs=30, lr=0.02, lam=1e-6, beta_end=100.0)
     lams = dict(penalties=(1e-6, 1e-4)) if is_bulk else {}
     free = [run.best["density"] for run in alone(dataclasses.replace(config, **lams), objective=lm_loss, evaluate=None)]
-    config = dataclasses.replace(config, target_density=0.15, **lams)
-    found = together(config, evaluate=None)
+    config, seen = dataclasses.replace(config, target_density=0.15, **lams), []
+    found = together(config, evaluate=None, callbacks=[lambda row, masks: seen.append(row)])
     runs = list(found) if is_bulk else [found]
     assert free[0] > 0.25 and (not is_bulk or free[1] < 0.05)
     for run, one in zip(runs, alone(config, evaluate=None), strict=True):
         assert run.best["density"] == pytest.approx(0.15, rel=0.1)
         assert [row["lam"] for row in run.history] == pytest.approx([row["lam"] for row in one.history], rel=1e-4)
         assert run.history[0]["lam"] == run.settings["lam"] != run.history[-1]["lam"]
+    its = [[row["lam"] for row in seen if row.get("seed", 0) == 0][i :: len(runs)] for i in range(len(runs))]
+    assert its == [[row["lam"] for row in run.history] for run in runs]  # callbacks too get the epoch's lam

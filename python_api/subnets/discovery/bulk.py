@@ -33,7 +33,7 @@ from .config import DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import EpochData, EpochOfSeeds, can_stack
 from .discoveries import Discoveries
-from .passes import ObjectiveError, Passes
+from .passes import ObjectiveError, Passes, fill_missing_gradients
 from .random_state import RandomState, Streams
 from .record import Callback, Evaluate, Record, check_score, lam_per_weight
 
@@ -123,6 +123,7 @@ class BulkRun:
                 self._share_less(reason)
                 streams.states = list(before)
                 self.passes.forget()
+        fill_missing_gradients(self.scores.stacks.values())
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses

@@ -18,7 +18,7 @@ from .checkpoint import CheckpointFile
 from .config import DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import Batches, EpochData
-from .passes import check_loss
+from .passes import check_loss, fill_missing_gradients
 from .random_state import RandomState
 from .record import Callback, Discovery, Evaluate, Record, lam_per_weight
 from .replay import ReplayedStep
@@ -35,7 +35,8 @@ def discover(
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
 
-    ``model`` runs in eval mode meanwhile. Afterwards, also after an exception, it is what it was, bit for bit: modules,
+    A step moves all scores, those of a layer that its batch did not run with a gradient of zeros: momentum and decay go
+    on there, whatever lam is. ``model`` runs in eval mode meanwhile. Afterwards, also after an exception, it is what it was, bit for bit: modules,
     parameters, buffers, training modes, requires_grad. The caller's random state does not change either.
 
     Args:
@@ -150,7 +151,7 @@ class _Run:
 
     def __init__(
         self, masks: MaskSet, data: EpochData, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
-        callbacks: Sequence[Callback], random_state: RandomState | None = None,
+        callbacks: Sequence[Callback], random_state: RandomState,
     ) -> None:
         self.masks, self.data, self.objective, self.config = masks, data, objective, config
         self.random_state = random_state
@@ -175,9 +176,8 @@ class _Run:
 
     def epoch(self, epoch: int, bar: Bar) -> None:
         """Train for an epoch, evaluate it, and write the checkpoint."""
-        with contextlib.nullcontext() if self.random_state is None else self.random_state.kept():
-            if self.random_state is not None:
-                self.random_state.seed(seed_for(self.config.seed, "discover", epoch))
+        with self.random_state.kept():
+            self.random_state.seed(seed_for(self.config.seed, "discover", epoch))
             lam = None if self.control is None else self.control.lams[0]
             if lam is not None:
                 self.optimizer.param_groups[0]["lam"] = lam_per_weight(self.masks, self.config, lam)
@@ -213,6 +213,7 @@ class _Run:
         check_loss(loss)
         with masks.batch_score_gradients() if masks.is_on_gpu else contextlib.nullcontext():
             loss.backward()
+        fill_missing_gradients(self.optimizer.param_groups[0]["params"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

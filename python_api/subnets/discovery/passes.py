@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -140,6 +140,14 @@ class Passes:
         """Drop all gradients."""
         for scores in self.scores.values():
             scores.grad = None
+
+
+def fill_missing_gradients(scores: Iterable[Tensor]) -> None:
+    """Zeros where a step gave no gradient, so that the optimizer steps all scores in every step: else whether a layer's
+    moments and decay go on where no batch runs it would hang on lam, and on the other members."""
+    for its in scores:
+        if its.grad is None:
+            its.grad = torch.zeros_like(its)
 
 
 class ObjectiveError(Exception):

@@ -55,16 +55,6 @@ class RandomState:
             self.set(before)
 
 
-@contextlib.contextmanager
-def seeded(seed: int, devices: Iterable[torch.device], generators: Iterable[torch.Generator] = ()) -> Iterator[None]:
-    """Inside: torch on the CPU and on ``devices``, numpy, random and ``generators`` start from ``seed``. After it, all
-    of them are where they were before, whatever happened inside."""
-    state = RandomState(devices, generators)
-    with state.kept():
-        state.seed(seed)
-        yield
-
-
 class Streams:
     """The random numbers of several seeds that take turns with the same generators."""
 

@@ -73,7 +73,8 @@ class Record:
     def finish_epoch(
         self, epoch: int, losses: Tensor, lam: float | None, label: dict[str, Any], path: Path | None
     ) -> None:
-        """Check, evaluate and note an epoch with these losses [steps]; ``label`` is added to what callbacks get."""
+        """Check, evaluate and note an epoch with these losses [steps]; ``label`` is added to what callbacks get; the row's
+        own lam goes before the label's."""
         loss = float(losses.double().mean())
         self._check_finite(epoch, loss, label, path)
         row = {
@@ -85,7 +86,7 @@ class Record:
         self.history.append(row)
         self._keep_if_best(row)
         for callback in self.callbacks:
-            callback({**row, **label}, self.masks)
+            callback({**label, **row}, self.masks)
 
     def _check_finite(self, epoch: int, loss: float, label: dict[str, Any], path: Path | None) -> None:
         bad = [name for name, scores in self.masks.scores().items() if not bool(torch.isfinite(scores).all())]
