@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnets.discovery import Discoveries, discover
+from subnets.discovery import Discoveries, DiscoveryConfig, discover
 from subnets.experiments.arithmetic import data
 from subnets.experiments.arithmetic.config import ArithmeticConfig, make_config
+from subnets.experiments.arithmetic.plan import on_this_machine
 from subnets.experiments.arithmetic.stages import Depth, accuracy_on, base_stage, discovery_config
 from subnets.report.page import page, paragraph
 from subnets.report.stability import agreement, agreement_table, path_table, stability_parts
@@ -54,6 +55,7 @@ GROUP_COLUMNS = (
 def main(preset: str, overrides: dict[str, str], out: Path, show: bool) -> str:
     """Runs what is missing in `out` and returns the tables."""
     varied, config = configs(preset, overrides)
+    config = on_this_machine(config)
     open_run_folder(out, EXPERIMENT, {**config.to_json(), **{k: list(v) for k, v in asdict(varied).items()}})
     depth = Depth(config, config.layers[0], out / f"layers{config.layers[0]}")
     source = base_stage(depth, show)
@@ -68,7 +70,8 @@ def main(preset: str, overrides: dict[str, str], out: Path, show: bool) -> str:
 def configs(preset: str, overrides: dict[str, str]) -> tuple[StabilityConfig, ArithmeticConfig]:
     """The two configs of a preset with `overrides` (text as typed after --set) applied.
 
-    Raises ValueError for unknown presets and keys, text of another type, and more than one depth.
+    Raises ValueError for unknown presets and keys, text of another type, empty or repeated values, and more than one
+    depth or base network.
     """
     if preset not in PRESETS:
         raise ValueError(f"arithmetic-stability: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -84,9 +87,15 @@ def configs(preset: str, overrides: dict[str, str]) -> tuple[StabilityConfig, Ar
                 f"arithmetic-stability: {key} must be {number.__name__}s separated by commas, got {text!r}"
             ) from None
         varied = replace(varied, **{key: values})
+    DiscoveryConfig(**asdict(varied))  # refuses empty, repeated and impossible values before anything is trained
     config = make_config(preset, others)
     if len(config.layers) != 1:
         raise ValueError(f"arithmetic-stability: layers must be one depth, got {config.layers}")
+    if config.base_seeds != 1:
+        raise ValueError(
+            f"arithmetic-stability: base_seeds must be 1, got {config.base_seeds}; it is about one network, run it once "
+            "per seed for several"
+        )
     return varied, config
 
 
@@ -95,7 +104,7 @@ def discover_all(depth: Depth, source: dict[str, Tensor], varied: StabilityConfi
     config = depth.config
     settings = replace(
         discovery_config(config, depth.layers, depth.folder.parent / "discovery.checkpoint.safetensors"),
-        seeds=varied.seeds, penalties=varied.penalties,
+        seeds=varied.seeds, penalties=varied.penalties, cuda_graph=False,
     )  # fmt: skip
     validation = data.held_out_set(data.S1, "validation", config.seed, config.num_held_out)
     evaluate = partial(accuracy_on, validation)
@@ -105,9 +114,15 @@ def discover_all(depth: Depth, source: dict[str, Tensor], varied: StabilityConfi
 
 
 def batches(config: ArithmeticConfig) -> Callable[[int], Iterator[Tensor]]:
-    """epoch -> batches of S1 sequences, in an order from torch's random numbers, which discovery seeds by its seed."""
-    rows = data.training_set(data.S1, config.discovery_pairs, config.seed)
-    return lambda epoch: (rows[part] for part in torch.randperm(len(rows)).split(config.discovery_batch))
+    """epoch -> batches of S1 sequences on the config's device, in an order from torch's random numbers, which discovery
+    seeds by its seed."""
+    rows = data.training_set(data.S1, config.discovery_pairs, config.seed).to(config.device or "cpu")
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        order = torch.randperm(len(rows)).to(rows.device)  # drawn on the CPU: the same on every device
+        return (rows[part] for part in order.split(config.discovery_batch))
+
+    return batches
 
 
 def write_report(folder: Path) -> str:
