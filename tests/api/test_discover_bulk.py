@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from subnets import Discoveries, Discovery, DiscoveryConfig, Subnet, discover, masks_of, objectives
-from subnets.discovery import passes
+from subnets.discovery import discoveries, passes
 from subnets.training.gpt2 import GPT2Shape, LeanGPT2, accuracy, lm_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -525,6 +525,7 @@ def made_up() -> Discoveries:
 def test_statistics_of_a_made_up_result_are_those_counted_by_hand():
     found = made_up()  # sizes 5, 2, 6, 1
     assert found.seeds == [0, 1] and found.penalties == [1.0, 8.0] and len(found.group(8.0)) == 2
+    assert found.indices(8.0) == [1, 3] and [found[i] for i in found.indices(1.0)] == found.group(1.0)
     first, second = found.curve()
     assert (first["lam"], first["seeds"], second["lam"]) == (1.0, 2, 8.0)
     assert first["density"] == pytest.approx(0.55) and second["density"] == pytest.approx(0.15)
@@ -589,6 +590,30 @@ def test_core_and_union_are_evaluated_and_a_saved_result_comes_back(tmp_path):
     for ours, theirs in zip(again.scores, found.scores, strict=True):
         assert all(torch.equal(ours[name], its) for name, its in theirs.items())
     with pytest.raises(ValueError, match=r"discoveries.json is missing"):
+        Discoveries.load(tmp_path)
+    for name in ("member_007.safetensors", "scores.safetensors"):
+        kept = (tmp_path / "found" / name).read_bytes()
+        (tmp_path / "found" / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name} is missing; pass a folder that Discoveries.save wrote"):
+            Discoveries.load(tmp_path / "found")
+        (tmp_path / "found" / name).write_bytes(kept)
+
+
+def test_a_result_saved_over_another_leaves_none_of_its_files(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("stays")
+    made_up().save(tmp_path)
+    Discoveries(made_up().runs[:2]).save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"mine.txt", "discoveries.json", "member_000.safetensors", "member_001.safetensors"}
+    assert len(Discoveries.load(tmp_path)) == 2
+
+    def stop(path, value) -> None:
+        raise Stop
+
+    monkeypatch.setattr(discoveries, "write_json", stop)
+    with pytest.raises(Stop):
+        made_up().save(tmp_path)
+    with pytest.raises(ValueError, match=r"discoveries.json is missing"):  # not half of each
         Discoveries.load(tmp_path)
 
 
@@ -676,6 +701,7 @@ REFUSED = [
     (dict(penalties=[-1.0]), ValueError, "penalties must be >= 0"),
     (dict(score_inits=[float("nan")]), ValueError, "score_inits must be finite"),
     (dict(members_at_once=0), ValueError, "members_at_once must be >= 1"),
+    (dict(members_at_once=2), ValueError, "members_at_once=2 is for several members; give seeds, penalties or score_"),
     (dict(target_density=1.5), ValueError, r"target_density must be in \(0, 1\)"),
     (dict(target_density=0.1, penalties=[0.0, 1.0]), ValueError, "must be > 0, got 0"),
     (dict(seeds=[0, 1], cuda_graph=True), ValueError, "captures the step of one discovery"),

@@ -52,7 +52,10 @@ class DiscoveryConfig:
             in one run, a *member* each, and :func:`subnets.discover` returns ``Discoveries``. None: the one value
             above. Members are in the order of ``itertools.product(seeds, penalties, score_inits)``.
         members_at_once: at most so many members share one forward and backward pass. None chooses: on a GPU as many as
-            fit in its free memory, on a CPU one, or all if a pass is small. It changes speed and rounding alone.
+            fit in its free memory, on a CPU one, or all if a pass is small. It changes speed and rounding alone. An
+            objective's own ``stacked`` pass is given so many members a call (None: all), and how many of them run at a
+            time is its own affair; its rounding differs from that of a member alone even with 1. Only with seeds,
+            penalties or score_inits.
         target_density: steer lam (each member's, from its ``lam`` on) after every epoch so that the density ends
             there: :mod:`subnets.discovery.control`. Rows of the history then have the epoch's "lam".
 
@@ -140,6 +143,11 @@ class DiscoveryConfig:
             if field == "lam" and min(values) < 0:
                 raise ValueError(f"DiscoveryConfig: penalties must be >= 0, got {values!r}")
             object.__setattr__(self, name, tuple(values))
+        if self.members_at_once is not None and not self.is_bulk:
+            raise ValueError(
+                f"DiscoveryConfig: members_at_once={self.members_at_once} is for several members; give seeds, penalties "
+                "or score_inits, or leave it None"
+            )
         if self.is_bulk and self.cuda_graph:
             raise ValueError(
                 "DiscoveryConfig: cuda_graph=True captures the step of one discovery; leave it False with seeds, "

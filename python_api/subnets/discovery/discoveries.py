@@ -20,6 +20,7 @@ from ..training.files import load_tensors, read_json, save_tensors, write_json
 from .record import Discovery
 
 _FORMAT = "subnets.discoveries/1"
+_SCORES = "scores.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class Discoveries(Sequence[Discovery]):
         Raises:
             ValueError: there is no such group, or one of several values has to be chosen.
         """
-        return [self.runs[i] for i in self._group(lam, score_init)]
+        return [self.runs[i] for i in self.indices(lam, score_init)]
 
-    def _group(self, lam: float | None, score_init: float | None) -> list[int]:
+    def indices(self, lam: float | None = None, score_init: float | None = None) -> list[int]:
+        """Where :meth:`group`'s members stand among all: their rows of :meth:`iou`."""
         wanted = {"lam": self._one("lam", lam), "score_init": self._one("score_init", score_init)}
         return [i for i, run in enumerate(self.runs) if all(run.settings[k] == v for k, v in wanted.items())]
 
@@ -217,14 +219,18 @@ class Discoveries(Sequence[Discovery]):
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write one subnet file per member, their scores and ``discoveries.json`` to a folder."""
+        """Write one subnet file per member, their scores and ``discoveries.json`` to a folder. Files of a result that
+        was saved there before are replaced or removed, ``discoveries.json`` first and written last: a save that was
+        killed is refused by :meth:`load`."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / "discoveries.json", folder / _SCORES, *folder.glob("member_*.safetensors")):
+            old.unlink(missing_ok=True)
         for i, run in enumerate(self.runs):
-            folder.mkdir(parents=True, exist_ok=True)
             run.subnet.save(folder / _file(i))
         if self.scores is not None:
             tensors = {f"{i}/{name}": s.contiguous() for i, its in enumerate(self.scores) for name, s in its.items()}
-            save_tensors(folder / "scores.safetensors", tensors)
+            save_tensors(folder / _SCORES, tensors)
         write_json(folder / "discoveries.json", {
             "format": _FORMAT, "histories": [run.history for run in self.runs], "best": [run.best for run in self.runs],
             "shared": self.shared, "has_scores": self.scores is not None,
@@ -237,20 +243,18 @@ class Discoveries(Sequence[Discovery]):
         Raises:
             ValueError: a file is missing, damaged or of another format.
         """
-        path = Path(folder) / "discoveries.json"
-        if not path.exists():
-            raise ValueError(f"Discoveries.load: {path} is missing; pass a folder that Discoveries.save wrote")
-        facts = read_json(path)
+        folder = Path(folder)
+        facts = read_json(_existing(folder / "discoveries.json"))
         if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-            raise ValueError(f"Discoveries.load: {path} is not of format {_FORMAT!r}")
+            raise ValueError(f"Discoveries.load: {folder / 'discoveries.json'} is not of format {_FORMAT!r}")
         runs = [
-            Discovery(Subnet.load(Path(folder) / _file(i)), history, best)
+            Discovery(Subnet.load(_existing(folder / _file(i))), history, best)
             for i, (history, best) in enumerate(zip(facts["histories"], facts["best"], strict=True))
         ]
         scores = None
         if facts["has_scores"]:
             scores = [{} for _ in runs]
-            for name, tensor in load_tensors(Path(folder) / "scores.safetensors")[0].items():
+            for name, tensor in load_tensors(_existing(folder / _SCORES))[0].items():
                 number, _, weight = name.partition("/")
                 scores[int(number)][weight] = tensor
         return cls(runs, scores, facts["shared"])
@@ -258,6 +262,12 @@ class Discoveries(Sequence[Discovery]):
 
 def _file(number: int) -> str:
     return f"member_{number:03d}.safetensors"
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"Discoveries.load: {path} is missing; pass a folder that Discoveries.save wrote")
+    return path
 
 
 def _iou(intersections: Tensor, sizes: Tensor) -> Tensor:

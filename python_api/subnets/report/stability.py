@@ -6,9 +6,9 @@ Groups of one seed have no spread and share everything with themselves: three se
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,7 @@ def agreement(found: Discoveries) -> list[dict[str, Any]]:
     for score_init in found.score_inits:
         for point in found.curve(score_init):
             lam = point["lam"]
-            wanted = {"lam": lam, "score_init": score_init}
-            members = [i for i, run in enumerate(found) if all(run.settings[k] == v for k, v in wanted.items())]
-            pairs = [(a, b) for a in members for b in members if a < b]
+            pairs = list(itertools.combinations(found.indices(lam, score_init), 2))
             core, union = found.core(lam, score_init), found.union(lam, score_init)
             rows.append({
                 **point, "score_init": score_init,
@@ -167,7 +165,7 @@ def _path_figure(found: Discoveries) -> Figure:
 
 
 def _histogram(found: Discoveries) -> Figure:
-    groups = list(product(sorted(found.penalties), found.score_inits))
+    groups = list(itertools.product(sorted(found.penalties), found.score_inits))
     figure, all_axes = _new_figure(len(groups), 3.2, 3.2)
     for axes, group in zip(all_axes, groups, strict=True):
         observed, expected = keep_counts(found, *group)
@@ -207,7 +205,7 @@ def _iou_figure(found: Discoveries) -> Figure:
         axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(found)), labels, fontsize=6)
         if len(found) <= MOST_NUMBERED:
-            for row, column in product(range(len(found)), repeat=2):
+            for row, column in itertools.product(range(len(found)), repeat=2):
                 value = float(matrix[row, column])
                 color = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
