@@ -50,7 +50,8 @@ class Record:
     """Bookkeeping of one discovery; ``masks`` hold its scores whenever a method reads them.
 
     Attributes:
-        history: finished epochs.  best: the best one's row.  best_masks: its packed masks by weight's name.
+        history: finished epochs.  best: the best one's row.  best_masks: its packed masks by weight's name,
+            on the CPU.
         best_scores: its scores by weight's name, where ``keeps_scores``.
     """
 
@@ -110,7 +111,7 @@ class Record:
     def _keep_if_best(self, row: dict[str, Any]) -> None:
         if self.best is None or row["score"] is None or row["score"] >= self.best["score"]:
             self.best = dict(row)
-            self.best_masks = {name: pack_mask(kept) for name, kept in self.masks.kept().items()}
+            self.best_masks = {name: pack_mask(kept).cpu() for name, kept in self.masks.kept().items()}
             if self.keeps_scores:
                 layers = self.masks.layers.items()
                 self.best_scores = {name: layer.scores.detach().to("cpu", copy=True) for name, layer in layers}
