@@ -308,6 +308,47 @@ def test_discover_with_a_cuda_graph_finds_what_it_finds_without(anneal, tmp_path
     assert min(same) > 0.99
 
 
+def test_discovery_in_bulk_ends_as_each_member_alone_and_goes_on_from_its_checkpoint(tmp_path):
+    from subnets import DiscoveryConfig, discover
+
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(70, 16, generator=generator).cuda(), torch.randint(4, (70,), generator=generator).cuda()
+
+    def batches(epoch):
+        return ((x[part], y[part]) for part in torch.randperm(70).cuda().split(16))  # the last one is smaller
+
+    def objective(model, batch):
+        noisy = batch[0] * (1 + 0.1 * torch.randn(16, device="cuda"))
+        return nn.functional.cross_entropy(model(noisy), batch[1])
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).cuda()
+
+    def evaluate(model):
+        return -nn.functional.cross_entropy(model(x), y).item()
+
+    class Stop(Exception):
+        pass
+
+    def stop(row, masks):
+        if row["epoch"] == 2 and row["seed"] == 1:
+            raise Stop
+
+    config = DiscoveryConfig(epochs=4, lr=0.05, seeds=(0, 1), penalties=(1e-4, 1e-2), checkpoint=tmp_path / "c")
+    with pytest.raises(Stop):
+        discover(network(), batches, objective, config, evaluate=evaluate, callbacks=[stop])
+    found = discover(network(), batches, objective, config, evaluate=evaluate)
+    assert len(found) == 4 and len(found.shared) == 2
+    for run, member in zip(found, config.members(), strict=True):
+        alone = discover(network(), batches, objective, member, evaluate=evaluate)
+        for row, its in zip(run.history, alone.history, strict=True):
+            assert row["loss"] == pytest.approx(its["loss"], rel=1e-3)
+            assert row["density"] == pytest.approx(its["density"], abs=0.01)
+        same = [(run.subnet.masks[name] == mask).float().mean() for name, mask in alone.subnet.masks.items()]
+        assert min(same) > 0.99
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_captured_schedule_and_a_lam_on_the_device_advance_with_every_replay(backend):
     from subnets import mask_model
