@@ -437,7 +437,7 @@ def test_an_objective_may_take_its_batchs_containers_apart():
         assert_close(many, alone(config, classifier, batches, taking, no_score))
 
 
-def test_members_that_do_not_fit_in_memory_are_halved_until_they_do():
+def test_members_that_do_not_fit_in_memory_are_halved_until_they_do(monkeypatch):
     tried = []
     original = passes.Passes.together
 
@@ -448,8 +448,8 @@ def test_members_that_do_not_fit_in_memory_are_halved_until_they_do():
         return original(self, first, last, batches, randomness)
 
     config = dataclasses.replace(SMALL, epochs=1, penalties=(1e-4, 1e-2), score_inits=(-0.1, 0.1), members_at_once=8)
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(RuntimeWarning, match="do not fit in memory; at most [42]") as said:
-        patch.setattr(passes.Passes, "together", fitting_two)
+    monkeypatch.setattr(passes.Passes, "together", fitting_two)
+    with pytest.warns(RuntimeWarning, match="do not fit in memory; at most [42]") as said:
         many = together(config, classifier, Noisy(), classify, no_score)
     assert tried[:3] == [8, 4, 2] and tried.count(2) == 3 * 4 and len(said) == 2
     assert_close(many, alone(config, classifier, Noisy(), classify, no_score))

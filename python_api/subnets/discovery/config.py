@@ -145,8 +145,8 @@ class DiscoveryConfig:
             object.__setattr__(self, name, tuple(values))
         if self.members_at_once is not None and not self.is_bulk:
             raise ValueError(
-                f"DiscoveryConfig: members_at_once={self.members_at_once} is for several members; give seeds, penalties "
-                "or score_inits, or leave it None"
+                f"DiscoveryConfig: members_at_once={self.members_at_once} is for several members; give seeds, "
+                "penalties or score_inits, or leave it None"
             )
         if self.is_bulk and self.cuda_graph:
             raise ValueError(

@@ -35,9 +35,10 @@ def discover(
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
 
-    A step moves all scores, those of a layer that its batch did not run with a gradient of zeros: momentum and decay go
-    on there, whatever lam is. ``model`` runs in eval mode meanwhile. Afterwards, also after an exception, it is what it was, bit for bit: modules,
-    parameters, buffers, training modes, requires_grad. The caller's random state does not change either.
+    ``model`` runs in eval mode meanwhile. Afterwards, also after an exception, it is what it was, bit for bit: modules,
+    parameters, buffers, training modes, requires_grad. The caller's random state does not change either. Every step
+    moves all scores; those of a layer that the batch did not run have a gradient of zeros, so that momentum and decay
+    go on there, whatever lam is.
 
     Args:
         model: an unmasked module.
@@ -55,7 +56,8 @@ def discover(
 
     Returns:
         A :class:`Discovery`; :class:`Discoveries` if config lists seeds, penalties or score_inits. Then the objective
-        is called for several members at once, under torch.func.vmap (docs/discovery.md); each member ends as alone.
+        is called for several members at once, under torch.func.vmap (docs/discovery.md), and must not write into its
+        batch; each member ends as alone.
 
     Raises:
         ValueError: batches do not fit config; a loss, score or evaluation is not finite (checked once per epoch; the

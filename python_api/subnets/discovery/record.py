@@ -74,8 +74,8 @@ class Record:
     def finish_epoch(
         self, epoch: int, losses: Tensor, lam: float | None, label: dict[str, Any], path: Path | None
     ) -> None:
-        """Check, evaluate and note an epoch with these losses [steps]; ``label`` is added to what callbacks get; the row's
-        own lam goes before the label's."""
+        """Check, evaluate and note an epoch with these losses [steps]. Callbacks get the row and what ``label`` has
+        besides: lam is the epoch's where it is steered."""
         loss = float(losses.double().mean())
         self._check_finite(epoch, loss, label, path)
         row = {

@@ -93,8 +93,8 @@ def configs(preset: str, overrides: dict[str, str]) -> tuple[StabilityConfig, Ar
         raise ValueError(f"arithmetic-stability: layers must be one depth, got {config.layers}")
     if config.base_seeds != 1:
         raise ValueError(
-            f"arithmetic-stability: base_seeds must be 1, got {config.base_seeds}; it is about one network, run it once "
-            "per seed for several"
+            f"arithmetic-stability: base_seeds must be 1, got {config.base_seeds}; it is about one network: for "
+            "several run it once per seed"
         )
     return varied, config
 
