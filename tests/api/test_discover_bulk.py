@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import random
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -423,6 +425,23 @@ def test_an_objective_that_has_to_be_mended_is_refused_in_words_as_alone(members
                 together(config, classifier, batches, objective, no_score)
 
 
+def test_a_stacked_pass_that_writes_into_the_batch_is_refused_too():
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        raise AssertionError("its stacked pass is preferred")
+
+    def stacked(model: nn.Module) -> Callable:
+        def run(weights: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            batch[0][0].add_(1)
+            return torch.ones(4), {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+        return run
+
+    objective.stacked = stacked  # pyright: ignore
+    for batches in (Noisy(), list(Noisy())):
+        with pytest.raises(ValueError, match="writes into its batch"):
+            together(SMALL, classifier, batches, objective, no_score)
+
+
 def test_an_objective_may_take_its_batchs_containers_apart():
     def taking(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         target = batch.pop("target")
@@ -453,6 +472,28 @@ def test_members_that_do_not_fit_in_memory_are_halved_until_they_do(monkeypatch)
         many = together(config, classifier, Noisy(), classify, no_score)
     assert tried[:3] == [8, 4, 2] and tried.count(2) == 3 * 4 and len(said) == 2
     assert_close(many, alone(config, classifier, Noisy(), classify, no_score))
+
+
+def test_what_a_pass_that_did_not_fit_had_made_is_freed_before_the_next_is_tried():
+    made = []
+
+    def failing_twice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert not [None for ref in made if ref() is not None]
+        loss = classify(model, batch)
+        activation = loss * 2
+        if len(made) < 2:
+            made.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    gc.disable()
+    try:
+        with pytest.warns(RuntimeWarning, match="do not fit in memory; at most [21]"):
+            many = together(SMALL, classifier, Noisy(), failing_twice, no_score)
+    finally:
+        gc.enable()
+    assert len(made) == 2
+    assert_close(many, alone(SMALL, classifier, Noisy(), classify, no_score))
 
 
 def test_an_objective_may_read_scores_masks_and_the_penalty_of_the_member_it_runs_for():

@@ -78,7 +78,8 @@ class Passes:
         made = {name: _effective(layer, parts[name]) for name, layer in layers.items()}
         weights = {name: w_eff for name, (w_eff, _) in made.items()}
         if self.stacked is not None:
-            losses, grads = self.stacked({n: w.detach() for n, w in weights.items()}, _leading(batches))
+            with _unwritten(_leading(batches)) as batch:
+                losses, grads = self.stacked({n: w.detach() for n, w in weights.items()}, batch)
             torch.autograd.backward([weights[name] for name in grads], list(grads.values()))
         else:
             losses = self._vmapped(parts, made, batches, randomness)
