@@ -763,6 +763,11 @@ def test_batches_that_several_seeds_cannot_share_are_refused():
     with pytest.raises(ValueError, match="gave the same iterator for 2 seeds in epoch 0"):
         together(SMALL, classifier, lambda epoch: used, classify, no_score)
 
+    buffer = torch.zeros(16, 4)
+    refilled = lambda epoch: ((buffer.copy_(x), y) for x, y in Noisy())  # noqa: E731
+    with pytest.raises(ValueError, match="one seed's batch was written into the tensors of another's"):
+        together(SMALL, classifier, refilled, classify, no_score)
+
     class OfAnyLength:
         def __iter__(self):
             return ((torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)) for _ in range(int(torch.randint(1, 9, ()))))

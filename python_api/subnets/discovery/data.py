@@ -124,7 +124,8 @@ class EpochOfSeeds:
     """One epoch of the same batches for several seeds, step by step, each seed with its own random numbers.
 
     Raises:
-        ValueError: seeds would share an iterator or a loader's workers; an epoch has more batches for one than another.
+        ValueError: seeds would share an iterator, a loader's workers or a batch's memory; an epoch has more
+            batches for one than another.
     """
 
     def __init__(self, data: EpochData, epoch: int, seeds: tuple[int, ...], streams: Streams) -> None:
@@ -146,10 +147,16 @@ class EpochOfSeeds:
         ended = object()
         step = 0
         while True:
-            batches = []
+            batches, drawn = [], []
             for number, iterator in enumerate(self._iterators):
                 with self._streams.at(number):
                     batches.append(next(iterator, ended))
+                drawn.append(versions(batches[-1]))
+            if drawn != [versions(batch) for batch in batches]:
+                raise ValueError(
+                    f"discover: in epoch {self._epoch} one seed's batch was written into the tensors of another's; "
+                    "give each its own (batch.clone()), or pass one seed"
+                )
             over = [seed for seed, batch in zip(self._seeds, batches, strict=True) if batch is ended]
             if over and len(over) < len(self._seeds):
                 raise ValueError(
@@ -160,6 +167,12 @@ class EpochOfSeeds:
                 return
             step += 1
             yield batches
+
+
+def versions(batch: Any) -> list[int]:
+    """A number for each of its tensors that grows when the tensor is written into."""
+    tensors = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]  # those can't be written into
 
 
 def unique_batches(batches: list[Any]) -> tuple[list[Any], list[int]]:

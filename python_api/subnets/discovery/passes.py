@@ -24,7 +24,7 @@ from subnet_kernels.ops.effective_weight import effective_weight
 
 from ..masking import MaskSet
 from ..nn import MaskedLayer
-from .data import unique_batches
+from .data import unique_batches, versions
 
 Scores = dict[str, nn.Parameter]  # the weight's name -> [G, *scores' shape]
 
@@ -189,13 +189,11 @@ def _check_has_gradient(loss: Tensor) -> None:
 def _unwritten(batch: Any) -> Iterator[Any]:
     """The batch in containers of its own, which an objective may take apart; its tensors must stay as they are: the
     other members are served the same ones."""
-    leaves, spec = tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]  # those can't change
-    before = [tensor._version for tensor in tensors]
+    before = versions(batch)
     try:
-        yield tree_unflatten(leaves, spec)
+        yield tree_map(lambda leaf: leaf, batch)
     finally:
-        if before != [tensor._version for tensor in tensors]:
+        if before != versions(batch):
             raise ObjectiveValueError(
                 "discover: the objective writes into its batch, which members of a discovery in bulk share; let it "
                 "work on a copy (x = x.clone(), or x + noise in place of x += noise)"
