@@ -18,7 +18,6 @@ from .checkpoint import CheckpointFile
 from .config import DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import Batches, EpochData
-from .discoveries import Discoveries
 from .passes import check_loss, fill_missing_gradients
 from .random_state import RandomState
 from .record import Callback, Discovery, Evaluate, Record, lam_per_weight
@@ -32,7 +31,7 @@ _DEFAULTS = DiscoveryConfig()
 def discover(
     model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig = _DEFAULTS, *,
     evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (), progress: bool | None = None,
-) -> Discovery | Discoveries:
+) -> Discovery | Any:  # Any: Discoveries where config.is_bulk, without a cast at every call that is not
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from subnets.discovery import Discovery, discover
+from subnets.discovery import discover
 from subnets.experiments.arithmetic import data
 from subnets.experiments.arithmetic.config import ArithmeticConfig, make_config
 from subnets.experiments.arithmetic.stages import Depth, accuracy_on, base_stage, discovery_config, s1_batches
@@ -86,7 +86,6 @@ def run_setting(depth: Depth, source: dict[str, Any], setting: Setting, show: bo
         evaluate=partial(accuracy_on, validation),
         progress=show,
     )
-    assert isinstance(found, Discovery)
     with found.subnet.applied(model, mode="keep"):
         kept = accuracy_on(test, model)
     with found.subnet.applied(model, mode="ablate"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from subnets.discovery import Discovery, DiscoveryConfig, discover
+from subnets.discovery import DiscoveryConfig, discover
 from subnets.evaluation import evaluate_subnet
 from subnets.experiments.arithmetic import data
 from subnets.experiments.arithmetic.config import ArithmeticConfig
@@ -177,7 +177,6 @@ def discovery_stage(depth: Depth, source: State, show: bool = False) -> Subnet:
         callbacks=[lambda row, masks: epochs.append(row["epoch"])],
         progress=show,
     )
-    assert isinstance(found, Discovery)
     seconds = (time.perf_counter() - started) * config.discovery_epochs / len(epochs) if epochs else None
     model.cpu()
     found.subnet.provenance.update({"task": data.S1.formula, "base_task": data.T1.formula, "layers": layers})
