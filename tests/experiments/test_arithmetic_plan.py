@@ -171,3 +171,9 @@ def test_steps_and_time_left_by_hand() -> None:
     assert estimate(times, cost_of) == {2: 50 + 100 + 100, 4: 100 + 200 + 200}
     assert seconds_left(times, cost_of) == (340.0 + 1000 * 0.1 + 500 * 0.2, True)
     assert [duration(s) for s in (45, 700, 7_800, 200_000)] == ["45 s", "12 min", "2 h 10 min", "2 d 7 h"]
+
+
+def test_a_device_that_is_not_there_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="there is no CUDA device for device='cuda'"):
+        on_this_machine(make_config("quick", {"device": "cuda"}))

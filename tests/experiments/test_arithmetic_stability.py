@@ -79,6 +79,7 @@ def test_on_a_gpu_batches_are_taken_there_and_no_graph_is_asked_for(
         raise Asked
 
     moves: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(stability, "discover", discover)
     monkeypatch.setattr(stability, "base_stage", lambda depth, show: None)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moves.append(device) or self)
