@@ -14,7 +14,7 @@ from torch import Tensor
 from ..masks import MaskKind
 from . import cuda_gemm
 from .base import KIND_CODES, AdamW, Call, keeps_w_eff, numbers_of_entries
-from .layout import aligned, is_dense, with_strides_of
+from .layout import aligned, is_dense
 from .native import ExtensionBackend, has_cuda_kernels
 
 _bump = torch.autograd.graph.increment_version
@@ -47,30 +47,6 @@ class CudaBackend(ExtensionBackend):
         if not call.is_same_shape:
             return "scores coarser than weight are not built in CUDA C++ yet"
         return None
-
-    def grad_scores_of_many(
-        self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
-        scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
-    ) -> list[Tensor]:
-        dense = [w if is_dense(w) else w.contiguous() for w in weights]
-        grads = [with_strides_of(w, g) for w, g in zip(dense, grad_w_effs, strict=True)]
-        flat = [aligned(w, s) for w, s in zip(dense, scores, strict=True)]
-        into = grads if out is None else out
-        made = [
-            i if i.dtype == torch.float32 and i.stride() == s.stride() else torch.empty_like(s)
-            for i, s in zip(into, flat, strict=True)
-        ]
-        none = beta.new_empty(0)
-        penalties = [none if penalty is None else penalty for penalty in grad_penalties]
-        op = self.ops.grad_scores_of_many.default
-        op(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
-        if out is not None:
-            for given, written in zip(out, made, strict=True):
-                given.copy_(written) if written is not given else _bump(given)
-            return out
-        return [
-            m if s.stride() == m.stride() else torch.empty_like(s).copy_(m) for m, s in zip(made, scores, strict=True)
-        ]
 
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,

@@ -183,10 +183,6 @@ class ExtensionBackend(Backend):
             grad_scores = torch.empty_like(given).copy_(grad_scores)
         return grad_scores if wants_scores else None, grad_weight
 
-
-class NativeBackend(ExtensionBackend):
-    """Vendor matrix products, and our one-pass kernels for everything elementwise, on a CPU."""
-
     def grad_scores_of_many(
         self, grad_w_effs: list[Tensor], grad_penalties: list[Tensor | None], weights: list[Tensor],
         scores: list[Tensor], beta: Tensor, kind: MaskKind, out: list[Tensor] | None = None,
@@ -194,17 +190,26 @@ class NativeBackend(ExtensionBackend):
         dense = [w if is_dense(w) else w.contiguous() for w in weights]
         grads = [with_strides_of(w, g) for w, g in zip(dense, grad_w_effs, strict=True)]
         flat = [aligned(w, s) for w, s in zip(dense, scores, strict=True)]
-        made = [torch.empty_like(s) for s in flat] if out is None else [
-            o if o.stride() == s.stride() else torch.empty_like(s) for o, s in zip(out, flat, strict=True)
+        into = grads if out is None else out
+        made = [
+            i if i.dtype == torch.float32 and (i.shape, i.stride()) == (s.shape, s.stride()) else torch.empty_like(s)
+            for i, s in zip(into, flat, strict=True)
         ]
         none = beta.new_empty(0)
         penalties = [none if penalty is None else penalty for penalty in grad_penalties]
-        self.ops.grad_scores_of_many.default(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
-        if out is None:
-            out = [m if m.stride() == s.stride() else torch.empty_like(s) for m, s in zip(made, scores, strict=True)]
-        for given, m in zip(out, made, strict=True):
-            given.copy_(m) if given is not m else _bump(given)
-        return out
+        op = self.ops.grad_scores_of_many.default
+        op(grads, penalties, dense, flat, beta, KIND_CODES[kind.name], made)
+        if out is not None:
+            for given, written in zip(out, made, strict=True):
+                given.copy_(written) if written is not given else _bump(given)
+            return out
+        return [
+            m if s.stride() == m.stride() else torch.empty_like(s).copy_(m) for m, s in zip(made, scores, strict=True)
+        ]
+
+
+class NativeBackend(ExtensionBackend):
+    """Vendor matrix products, and our one-pass kernels for everything elementwise, on a CPU."""
 
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,
