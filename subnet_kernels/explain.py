@@ -10,7 +10,7 @@ from .backends.base import Call
 from .backends.triton.rules import bucket
 from .dispatch import describe
 from .ops import checks
-from .ops.many_masks import is_of_masks
+from .ops.checks import is_of_masks
 
 _WITH_X = ("masked_linear", "masked_conv2d")
 _OPS = ("effective_weight", "effective_weights", *_WITH_X)

@@ -18,7 +18,7 @@ from .dispatch import choose_for, forced_backend
 from .in_backward import SpentGradient, Use, check_processes, step_in_backward
 from .masks import MaskKind, weights_per_score
 from .ops import checks
-from .ops.many_masks import is_of_masks
+from .ops.checks import is_of_masks
 from .rounding import round_to_bf16, rounding_bits
 from .slots import Slot, clear_all_slots
 

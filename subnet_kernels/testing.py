@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .backends.base import AdamW
 from .masks import MaskKind, Sigmoid, as_kind, expand_scores, weights_per_score
+from .ops.checks import is_of_masks
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -123,7 +124,7 @@ def _cast(case: Case, dtype: torch.dtype, device: str) -> Case:
 
 def plain(case: Case) -> tuple[Tensor, Tensor]:
     """(out, penalty) by the plain expression, in the case's own dtypes: the eager baseline, and the truth in fp64."""
-    if case.scores.dim() == case.weight.dim() + 1:
+    if is_of_masks(case.weight, case.scores):
         num = len(case.scores)
         parts = [case.x] * num if case.shared_input else case.x.chunk(num)
         made = [plain(replace(case, x=x, scores=s)) for x, s in zip(parts, case.scores.unbind(), strict=True)]

@@ -162,7 +162,6 @@ class Backend:
                 _, part = self.grad_scores(grad, None, weight, score, beta, kind, False, True)
                 assert part is not None
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
         if wants_scores:
             can_reuse = (
                 may_overwrite and grad_w_eff is not None and grad_w_eff.dtype == scores.dtype

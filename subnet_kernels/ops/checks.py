@@ -57,6 +57,11 @@ def check_beta_value(op: str, beta: float) -> float:
     return beta
 
 
+def is_of_masks(weight: Tensor, scores: Tensor) -> bool:
+    """Whether scores carry a leading dimension of masks."""
+    return scores.dim() == weight.dim() + 1
+
+
 def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
     """The scores' contract: weight's number of dimensions, each size divides weight's, fp32 (fp64 beside fp64); or all
     that behind a leading dimension of masks."""
@@ -72,10 +77,10 @@ def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
         raise ValueError(f"{op}: scores must be on weight's device {weight.device}, got {scores.device}")
     if scores.shape == weight.shape:
         return
-    is_of_masks = scores.dim() == weight.dim() + 1
-    if is_of_masks and scores.shape[0] == 0:
+    is_many = is_of_masks(weight, scores)
+    if is_many and scores.shape[0] == 0:
         raise ValueError(f"{op}: scores must hold at least one mask, got shape {shape_of(scores)}")
-    unit_shape = scores.shape[1:] if is_of_masks else scores.shape
+    unit_shape = scores.shape[1:] if is_many else scores.shape
     fits = len(unit_shape) == weight.dim() and all(
         (s == w) if 0 in (s, w) else w % s == 0 for s, w in zip(unit_shape, weight.shape, strict=True)
     )

@@ -15,7 +15,7 @@ from ..backends.layout import empty_of_masks
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
 from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
 from . import checks
-from .many_masks import is_of_masks
+from .checks import is_of_masks
 from .once import differentiable_once
 from .registry import register_op, register_vmap
 

@@ -15,11 +15,6 @@ from ..backends.base import ConvArgs
 from . import checks
 
 
-def is_of_masks(weight: Tensor, scores: Tensor) -> bool:
-    """Whether scores carry a leading dimension of masks."""
-    return scores.dim() == weight.dim() + 1
-
-
 def check_batch_of_masks(op: str, x: Tensor, num_masks: int, is_shared: bool, min_dims: int) -> None:
     """x has a batch dimension in front, and, unless it is shared, one that G parts share evenly.
 

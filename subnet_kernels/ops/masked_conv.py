@@ -14,6 +14,7 @@ from ..dispatch import choose_for
 from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
 from . import checks
+from .checks import is_of_masks
 from .effective_weight import (
     effective_weight_unchecked,
     is_transformed,
@@ -21,7 +22,7 @@ from .effective_weight import (
     no_gradient,
     some,
 )
-from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, conv2d_of_masks, is_of_masks
+from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, conv2d_of_masks
 from .masked_linear import Settings, kept_effective_weight
 from .once import differentiable_once, plain_apply
 from .pending import Entry

@@ -14,6 +14,7 @@ from ..in_backward import use_of
 from ..masks import MaskKind, as_kind
 from ..slots import Slot
 from . import checks
+from .checks import is_of_masks
 from .effective_weight import (
     effective_weight_unchecked,
     is_transformed,
@@ -21,7 +22,7 @@ from .effective_weight import (
     no_gradient,
     some,
 )
-from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input, is_of_masks
+from .many_masks import check_batch_of_masks, check_plan_of_masks, check_shared_input
 from .once import differentiable_once, plain_apply
 from .pending import PendingScoreGradients
 from .refresh import refresh_in_graph

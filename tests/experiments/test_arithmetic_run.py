@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 
@@ -99,6 +100,19 @@ def test_a_second_call_trains_nothing_and_writes_the_same_numbers(finished: Path
     assert [(finished / name).read_bytes() for name in NUMBERS] == numbers
 
 
+def die_after(count: int, rename: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets so many files be written, and kills before the next rename."""
+    left = [count]
+
+    def dying(source: str, target: str) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", dying)
+
+
 def test_a_run_broken_off_before_any_write_goes_on_to_the_same_numbers(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,15 +120,7 @@ def test_a_run_broken_off_before_any_write_goes_on_to_the_same_numbers(
     rename, folder = os.replace, tmp_path / "broken"
     broken = 0
     while True:
-        left = [2]
-
-        def dying(source: str, target: str, left: list[int] = left) -> None:
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            rename(source, target)
-
-        monkeypatch.setattr(files.os, "replace", dying)
+        die_after(2, rename, monkeypatch)
         try:
             run(tiny(), folder)
         except KeyboardInterrupt:
@@ -191,15 +197,7 @@ def test_a_run_killed_in_the_middle_of_a_batch_goes_on_to_the_same_numbers(
     monkeypatch.setattr(StackTrainer, "__init__", partialmethod(init, checkpoint_seconds=0.0))
     died_within_a_batch = 0
     for _ in range(100):
-        left = [3]
-
-        def dying(source: str, target: str, left: list[int] = left) -> None:
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            rename(source, target)
-
-        monkeypatch.setattr(files.os, "replace", dying)
+        die_after(3, rename, monkeypatch)
         try:
             run(tiny(**REPLICATES), folder)
         except KeyboardInterrupt:

@@ -87,11 +87,6 @@ class FrozenGPT2(StackedGPT2):
             )
         return numbers.pop()
 
-    @property
-    def members(self) -> int:
-        """How many networks the pass under way has."""
-        return len(next(iter(self.params.values())))
-
     # ------------------------------------------------------------- shared parts
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, _Tape]:

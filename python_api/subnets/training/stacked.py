@@ -12,7 +12,6 @@ Letters: P members, B sequences, T = 3 input positions, M = B * T rows, D width,
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from subnet_kernels import random_bits
 from subnets.training.gpt2 import GPT2Shape
+from subnets.training.stacked_parameters import StackedParameters
 
 _EPS = 1e-5  # of every LayerNorm, as in GPT-2
 
@@ -125,7 +125,7 @@ def _gelu_backward(grad: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     return slope.addcmul_(slope, gate, value=-1).add_(1.0).mul_(gate).mul_(grad)
 
 
-class StackedGPT2:
+class StackedGPT2(StackedParameters):
     """P networks of one shape; `params[name]` is fp32 [P, ...] (fp64 for states in fp64) under the names of `LeanGPT2`,
     `grads` likewise.
 
@@ -147,25 +147,9 @@ class StackedGPT2:
         self.params = {n: value.to(torch.promote_types(value.dtype, torch.float32)) for n, value in stacked.items()}
         self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
 
-    @property
-    def members(self) -> int:
-        """How many networks there are: P."""
-        return len(self.params["wte.weight"])
-
     def state(self, member: int) -> dict[str, Tensor]:
         """A copy of one member's parameters on the CPU, fit for `LeanGPT2.load_state_dict`."""
         return {name: value[member].to("cpu", copy=True) for name, value in self.params.items()}
-
-    def like(self, params: dict[str, Tensor]) -> StackedGPT2:
-        """A stack of other parameters [P', ...], which are not copied; it has no gradients."""
-        other = copy.copy(self)
-        other.params, other.grads = params, {}
-        return other
-
-    def keep(self, members: Tensor) -> None:
-        """Keeps these members (int64 indices) in this order, in new memory; the others leave."""
-        self.params = {name: value[members] for name, value in self.params.items()}
-        self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
 
     @torch.no_grad()
     def loss_and_grads(

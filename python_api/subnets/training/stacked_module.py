@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from subnets.training.stack_step import Rows
+from subnets.training.stacked_parameters import StackedParameters
 
 PerRow = Callable[[Callable[..., Any], Rows], Tensor]  # (network, rows [B, ...]) -> [B]
 
 
-class StackedModule:
+class StackedModule(StackedParameters):
     """P copies of a module with parameters of their own, `params[name]` [P, ...]; buffers are shared and stay::
 
         def loss(network, rows):
@@ -57,28 +58,12 @@ class StackedModule:
         self.module, self.loss, self.per_row_right = copy.deepcopy(module).to("meta"), loss, right
         self.buffers = {name: value.detach().to(place) for name, value in module.named_buffers()}
 
-    @property
-    def members(self) -> int:
-        """How many networks there are: P."""
-        return len(next(iter(self.params.values())))
-
     def state(self, member: int) -> dict[str, Tensor]:
         """A copy of one member's parameters and of the shared buffers on the CPU, fit for `load_state_dict`."""
         saved = set(self.module.state_dict())
         own = {name: value[member] for name, value in self.params.items()}
         shared = {name: value for name, value in self.buffers.items() if name in saved}
         return {name: value.to("cpu", copy=True) for name, value in (own | shared).items()}
-
-    def like(self, params: dict[str, Tensor]) -> StackedModule:
-        """A stack of other parameters [P', ...], which are not copied; it has no gradients."""
-        other = copy.copy(self)
-        other.params, other.grads = params, {}
-        return other
-
-    def keep(self, members: Tensor) -> None:
-        """Keeps these members (int64 indices) in this order, in new memory; the others leave."""
-        self.params = {name: value[members] for name, value in self.params.items()}
-        self.grads = {name: torch.zeros_like(value) for name, value in self.params.items()}
 
     def loss_and_grads(self, rows: Rows, noise: None = None, live: Tensor | None = None) -> Tensor:
         """Losses [P] of rows [P, B, ...]; fills `grads`. `live` (bool [P, B]) says which rows count; None: all."""
