@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,3 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in config.getoption("--require-backend"):
         if not usable.get(name, False):
             raise pytest.UsageError(f"--require-backend {name}: this machine can't run it")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data that developers keep beside their checkout, ../shared/data; skips where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data: there is no {folder}")
+    return folder
