@@ -133,6 +133,24 @@ def test_an_incomplete_imagenet_is_refused_by_name_unless_asked_for(tmp_path: Pa
         list_imagenet(folder, complete=False)
 
 
+def test_the_published_lists_say_which_images_count(tmp_path: Path) -> None:
+    folder, lists = make_imagenet(tmp_path / "train"), tmp_path / "image_names"
+    lists.mkdir()
+    for name, members in synsets().items():
+        (lists / f"{name}.txt").write_text("".join(f"{synset}_2.JPEG\n" for synset in members))
+    entries = list_imagenet(folder, lists=lists)
+    assert [entry.path.stem for entry in entries] == [f"{synset}_2" for synset in class_of_synset()]
+    (lists / "truck.txt").unlink()
+    (lists / "oven.txt").write_text("n04111531_3.JPEG\n")
+    with pytest.raises(ValueError) as error:
+        list_imagenet(folder, lists=lists)
+    assert "truck.txt: can't be read" in str(error.value)
+    assert "  n04111531_3: no such image, but it is in oven.txt\n  oven: no image is in oven.txt" in str(error.value)
+    (lists / "truck.txt").write_text("n04467665_1.JPEG\nn04467665_9.JPEG")
+    (lists / "oven.txt").write_text("n04111531_1.JPEG\n")
+    assert len(list_imagenet(folder, complete=False, lists=lists)) == 202 - 2
+
+
 def test_the_folder_above_the_synsets_gets_a_hint(tmp_path: Path) -> None:
     make_imagenet(tmp_path / "train")
     with pytest.raises(ValueError, match=f"is it {tmp_path / 'train'}\\?"):

@@ -344,6 +344,22 @@ def test_pooled_class_folders_are_listed_and_split_as_their_originals(tmp_path: 
         assert len(part) == 32
 
 
+def test_only_the_images_of_a_split_are_pooled_and_more_can_follow(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="segmenting needs scikit-image")
+    source, pooled = tmp_path / "images", tmp_path / "pooled"
+    for name in CLASSES:
+        for i in range(3):
+            save(source / name / f"{i}.png", two_halves(20, 20))
+    some = split(list_class_folders(source), 0.5, most_per_class=2)
+    assert pool_folder(source, pooled, entries=[*some[0], *some[1]]) == 32
+    there = list_class_folders(pooled)
+    assert {entry.name for entry in there} == {entry.name for part in some for entry in part}
+    assert [{entry.name for entry in part} for part in split(there, 0.5)] == [{e.name for e in part} for part in some]
+    assert pool_folder(source, pooled) == 16  # the others
+    with pytest.raises(ValueError, match="entries must lie below source"):
+        pool_folder(source, pooled, entries=there)
+
+
 def test_a_worker_that_is_killed_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed:
         def __init__(self, *arguments: object, **options: object) -> None: ...

@@ -22,9 +22,9 @@ def class_of_synset() -> dict[str, int]:
 def synsets() -> dict[str, list[str]]:
     """Class name -> WordNet ids of its synsets in ILSVRC-2012, 202 in all; sorted, classes in `CLASSES`' order.
 
-    Source: Geirhos et al. (NeurIPS 2018), 16-class ImageNet, whose image lists name 213,555 training images (they leave
-    out grey and small ones of these synsets). Its list of synsets has five kinds of truck more (fire engine, minivan,
-    pickup, police van, tow truck), of which the image lists hold nothing.
+    Source: Geirhos et al. (NeurIPS 2018), 16-class ImageNet, whose image lists name 213,555 training images, not all of
+    these synsets' (`folders.list_imagenet` can keep to them). Its list of synsets has five kinds of truck more (fire
+    engine, minivan, pickup, police van, tow truck), of which the image lists hold nothing.
     """
     mapping = json.loads((Path(__file__).parent / "imagenet16.json").read_text(encoding="utf-8"))["synsets"]
     return {name: list(mapping[name]) for name in CLASSES}

@@ -50,17 +50,22 @@ class Cues:
     texture_instance: str
 
 
-def list_imagenet(folder: str | Path, *, complete: bool = True) -> list[Entry]:
+def list_imagenet(folder: str | Path, *, complete: bool = True, lists: str | Path | None = None) -> list[Entry]:
     """The images of the 202 synsets of 16-class ImageNet in an ImageNet training folder, ``n01514859/*.JPEG`` in it.
 
     Synsets of no class are passed over. Sorted by class, folder and file name, whatever order the disk gives.
 
     Args:
         folder: where the synsets' folders are.
-        complete: whether all 202 must be there; False asks for one per class.
+        complete: whether all 202 must be there, and all images in `lists`; False asks for one synset per class.
+        lists: a folder with the published lists of images, airplane.txt and so on, one file name per line; others are
+            passed over. They name 213,555 images, about four in five of these synsets'. None: all images.
 
     Raises:
-        ValueError: no such folder, missing synsets, folders without images, empty (half-copied) files: all by name.
+        ValueError: no such folder, missing synsets, folders without images, empty (half-copied) files, listed images
+            that are not there: all by name.
+
+    Source of the lists: github.com/rgeirhos/generalisation-humans-DNNs, folder 16-class-ImageNet/image_names.
     """
     folders = _subfolders("list_imagenet", folder, "folders named by synset, such as n01514859, with images in them")
     found = {name: path for name, path in folders.items() if name in class_of_synset()}
@@ -84,6 +89,8 @@ def list_imagenet(folder: str | Path, *, complete: bool = True) -> list[Entry]:
     for synset, path in sorted(found.items(), key=lambda item: (class_of_synset()[item[0]], item[0])):
         class_id = class_of_synset()[synset]
         entries += [Entry(file, class_id, class_id) for file in images_in(path, problems)]
+    if lists is not None:
+        entries = _only_listed(entries, Path(lists), problems, complete)
     if problems:
         refuse("list_imagenet", folder, problems, "a folder of images for each of the 202 synsets (classes.synsets())")
     return entries
@@ -216,6 +223,25 @@ def _in_class_folders(function: str, folder: str | Path) -> tuple[list[Entry], l
         if name in folders:
             entries += [Entry(path, class_id, class_id) for path in images_in(folders[name], problems)]
     return entries, problems
+
+
+def _only_listed(entries: list[Entry], lists: Path, problems: list[str], complete: bool) -> list[Entry]:
+    """The entries whose names, without suffix, are in the lists of their classes, <class>.txt."""
+    kept = []
+    for class_id, name in enumerate(CLASSES):
+        try:
+            wanted = {Path(line).stem for line in (lists / f"{name}.txt").read_text(encoding="utf-8").split()}
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{lists / name}.txt: can't be read ({error})")
+            continue
+        found = [entry for entry in entries if entry.shape == class_id and entry.path.stem in wanted]
+        missing = sorted(wanted - {entry.path.stem for entry in found})
+        if complete:
+            problems += [f"{stem}: no such image, but it is in {name}.txt" for stem in missing]
+        if not found:
+            problems.append(f"{name}: no image is in {name}.txt")
+        kept += found
+    return kept
 
 
 def _subfolders(function: str, folder: str | Path, expected: str) -> dict[str, Path]:

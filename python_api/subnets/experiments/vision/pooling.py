@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from subnets.experiments.vision.decoding import EXPECTED, BadImage, num_cores, read_rgb
-from subnets.experiments.vision.folders import images_in, refuse
+from subnets.experiments.vision.folders import Entry, images_in, refuse
 from subnets.training.files import read_json, write_json
 
 FORMAT = 1  # of a mean-pooled folder; another one when pooling changes pixels
@@ -190,6 +191,7 @@ def pool_folder(
     source: str | Path,
     destination: str | Path,
     *,
+    entries: Sequence[Entry] | None = None,
     segmenter: str = "felzenszwalb",
     masks: str | Path | None = None,
     progress: bool | None = None,
@@ -204,6 +206,7 @@ def pool_folder(
     Args:
         source: any tree of images, such as class folders or ImageNet's; hidden files and folders are passed over.
         destination: a folder of its own, outside of `source`.
+        entries: images below `source`, such as those of `folders.split`: only these are made; None: all of them.
         segmenter, parameters: as in `segment`.
         masks: a folder with the segments of every image instead, under the image's relative name: ``.npz`` with an
             array ``masks``, bool [K, H, W] (`segments_from_masks`), or ``.png`` with one channel of segment numbers.
@@ -225,7 +228,16 @@ def pool_folder(
         _skimage()
     elif parameters:
         raise ValueError(f"pool_folder: parameters must be left out where masks are given, got {', '.join(parameters)}")
-    jobs = _jobs(source, destination, segmenter, masks, parameters)
+    for name, folder in (("source", source), ("masks", masks)):
+        if folder is not None and not folder.is_dir():
+            got = "a file" if folder.exists() else "nothing there"
+            raise ValueError(f"pool_folder: {name} must be a folder, got {got}: {folder}")
+    real, target = source.resolve(), destination.resolve()
+    if real == target or real in target.parents or target in real.parents:
+        raise ValueError(f"pool_folder: source and destination must lie apart, got {source} and {destination}")
+    problems: list[str] = []
+    files = _images_below(source, problems) if entries is None else [entry.path for entry in entries]
+    jobs = _jobs(files, source, destination, segmenter, masks, parameters, problems)
     how = {
         "format": FORMAT,
         "source": os.path.abspath(source),
@@ -233,11 +245,10 @@ def pool_folder(
         "masks": None if masks is None else os.path.abspath(masks),
         "parameters": parameters,
     }
-    _claim(destination, how, jobs)
+    _claim(destination, how, source)
     todo = [job for job in jobs if not job.is_done()]
     if workers is None:
         workers = min(num_cores(), 1 + len(todo) // 200)  # one takes seconds to start
-    problems = []
     bar = tqdm(
         total=len(jobs), initial=len(jobs) - len(todo), desc=f"mean-pooling {source.name}", unit="image",
         disable=None if progress is None else not progress, mininterval=0.2,
@@ -254,17 +265,18 @@ def pool_folder(
 
 
 def _jobs(
-    source: Path, destination: Path, segmenter: str, masks: Path | None, parameters: dict[str, float]
+    files: list[Path],
+    source: Path,
+    destination: Path,
+    segmenter: str,
+    masks: Path | None,
+    parameters: dict[str, float],
+    problems: list[str],
 ) -> list[_Job]:
-    for name, folder in (("source", source), ("masks", masks)):
-        if folder is not None and not folder.is_dir():
-            got = "a file" if folder.exists() else "nothing there"
-            raise ValueError(f"pool_folder: {name} must be a folder, got {got}: {folder}")
-    real, target = source.resolve(), destination.resolve()
-    if real == target or real in target.parents or target in real.parents:
-        raise ValueError(f"pool_folder: source and destination must lie apart, got {source} and {destination}")
-    jobs, problems = [], []
-    for path in _images_below(source, problems):
+    jobs = []
+    for path in files:
+        if not path.is_relative_to(source):
+            raise ValueError(f"pool_folder: entries must lie below source {source}, got {path}")
         relative = path.relative_to(source)
         of_image = None
         if masks is not None:
@@ -289,8 +301,8 @@ def _images_below(folder: Path, problems: list[str]) -> list[Path]:
     return found
 
 
-def _claim(destination: Path, how: dict[str, Any], jobs: list[_Job]) -> None:
-    """Makes the destination, or checks that it was made this way and holds no image of another source."""
+def _claim(destination: Path, how: dict[str, Any], source: Path) -> None:
+    """Makes the destination, or checks that it was made this way and holds no image that the source lacks."""
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"pool_folder: destination must be a folder, got the file {destination}")
     record = destination / "pooling.json"
@@ -304,11 +316,15 @@ def _claim(destination: Path, how: dict[str, Any], jobs: list[_Job]) -> None:
             raise ValueError(f"pool_folder: {destination} was made in another way ({shown}); {others}")
     elif destination.exists() and any(not path.name.startswith(".") for path in destination.iterdir()):
         raise ValueError(f"pool_folder: {destination} must be empty or hold a pooling.json, got other files; {others}")
-    ours = {job.destination for job in jobs}
-    strangers = [str(path.relative_to(destination)) for path in _images_below(destination, []) if path not in ours]
+    strangers = []
+    for folder, images in groupby(
+        _images_below(destination, []), key=lambda path: path.parent.relative_to(destination)
+    ):
+        original = source / folder
+        stems = {path.stem for path in images_in(original, [], is_leaf=False)} if original.is_dir() else set()
+        strangers += [f"{folder / path.name}: no such image in the source" for path in images if path.stem not in stems]
     if strangers:
-        names = [f"{name}: no such image in the source" for name in strangers]
-        refuse("pool_folder", destination, names, "images of its source alone (delete the others)")
+        refuse("pool_folder", destination, strangers, "images of its source alone (delete the others)")
     if not record.exists():
         write_json(record, how)
 
