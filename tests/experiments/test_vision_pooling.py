@@ -84,9 +84,9 @@ def test_means_are_rounded_with_halves_up_and_sums_do_not_overflow() -> None:
     image[0, 0] = torch.tensor([0, 1, 254, 255])
     pooled = mean_pool(image, torch.tensor([[5, 5, 9, 9]]))
     assert pooled[0, 0].tolist() == [1, 1, 255, 255]
-    bright = torch.full((3, 4200, 4200), 255, dtype=torch.uint8)  # sums to 4.5e9: more than 32 bits hold
+    bright = torch.full((3, 2910, 2910), 255, dtype=torch.uint8)  # sums to 2.16e9: more than 31 bits hold
     bright[:, 0, 0] = 0
-    assert (mean_pool(bright, torch.zeros(4200, 4200, dtype=torch.uint8)) == 255).all()
+    assert (mean_pool(bright, torch.zeros(2910, 2910, dtype=torch.uint8)) == 255).all()
 
 
 def test_mean_pool_refuses_other_shapes_and_dtypes() -> None:
@@ -162,6 +162,10 @@ def test_segment_refuses_unknown_names_and_says_what_to_install(monkeypatch: pyt
         segment(image, "sam")
     with pytest.raises(ValueError, match="parameters of slic are side, .*, got scale"):
         segment(image, "slic", scale=3)
+    with pytest.raises(ValueError, match="min_size must be a whole number above 0, got 2.5"):
+        segment(image, min_size=2.5)
+    with pytest.raises(ValueError, match="scale must be a number above 0, got -1"):
+        segment(image, scale=-1)
     with pytest.raises(ValueError, match="got torch.uint8 \\[32, 32\\]"):
         segment(image[0])
     monkeypatch.setitem(sys.modules, "skimage", None)
@@ -209,6 +213,21 @@ def test_a_killed_call_goes_on_and_changed_images_are_made_again(tmp_path: Path)
     newer = (pooled / "cat/2.png").stat().st_mtime_ns + 10**9
     os.utime(source / "cat/2.JPEG", ns=(newer, newer))
     assert pool_folder(source, pooled) == 1
+
+
+def test_an_image_that_the_segmenter_can_not_take_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage", reason="segmenting needs scikit-image")
+    source = make_folder(tmp_path / "images")
+
+    def failing(image: Tensor, segmenter: str, **parameters: float) -> Tensor:
+        if image.shape[1] == 49:
+            raise MemoryError("too large")
+        return segment(image, segmenter, **parameters)
+
+    monkeypatch.setattr(pooling, "segment", failing)
+    with pytest.raises(ValueError, match="1 problem:\n  cat/2.JPEG: felzenszwalb failed \\(MemoryError: too large\\)"):
+        pool_folder(source, tmp_path / "pooled", workers=1)
+    assert (tmp_path / "pooled/cat/1.png").exists() and (tmp_path / "pooled/dog/a/3.png").exists()
 
 
 def test_several_processes_make_the_same_images(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def _settings(segmenter: str, parameters: dict[str, float]) -> dict[str, Any]:
     unknown = [name for name in parameters if name not in settings]
     if unknown:
         raise ValueError(f"segment: parameters of {segmenter} are {', '.join(settings)}, got {', '.join(unknown)}")
+    for name, value in parameters.items():
+        kind = type(settings[name])
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not fits or value < 0 or (value == 0 and name != "sigma"):
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"segment: {name} must be {wanted} above 0, got {value!r}")
     return {**settings, **parameters}
 
 
@@ -357,6 +363,8 @@ def _pool(job: _Job) -> str | None:
             segments = segment(pixels, job.segmenter, **job.parameters)
     except BadImage as error:
         return str(error)
+    except Exception as error:  # one image that a segmenter can't take must not end hours of work on the others
+        return f"{job.segmenter} failed ({type(error).__name__}: {error})"
     pooled = Image.fromarray(mean_pool(pixels, segments).permute(1, 2, 0).contiguous().numpy())
     job.destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = job.destination.with_name(f".{job.destination.name}.tmp")
