@@ -373,6 +373,10 @@ def test_bad_files_are_all_listed_at_the_end_and_the_good_ones_stay(tmp_path: Pa
     assert "got 5 problems" in str(error.value) and "16 pixels or more a side" in str(error.value)
     assert not (tmp_path / "cache" / "index.json").exists()
     decoded.clear()
+    with pytest.raises(ValueError, match="got 5 problems"):
+        pack(entries, 8, tmp_path / "cache", crop=1.0)
+    assert sorted(decoded) == sorted(bad)  # the good ones stay, the bad ones may have been mended
+    decoded.clear()
     images = pack(good, 8, tmp_path / "cache", crop=1.0)
     assert decoded == []
     assert torch.equal(images.images, pack(good, 8, tmp_path / "other", crop=1.0).images)
@@ -485,6 +489,30 @@ def test_a_killed_call_is_not_taken_for_whole_and_goes_on_where_it_was(tmp_path:
     images = pack(entries, 8, tmp_path / "cache").images
     assert sorted(decoded) == [f"{i:02}.png" for i in range(8, 15)]  # two lots of four were noted
     assert torch.equal(images, pack(entries, 8, tmp_path / "other").images)
+
+
+def test_a_call_ended_half_way_through_changed_files_is_not_taken_for_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = noisy_entries(tmp_path, 4)
+    old = pack(entries, 8, tmp_path / "cache").images.clone()
+    before = [(entry.path.read_bytes(), entry.path.stat().st_mtime_ns) for entry in entries]
+    for i, entry in enumerate(entries):
+        noise(entry.path, 20, 20, seed=50 + i)
+        os.utime(entry.path, ns=(1, 1))
+
+    def ended(path: Path) -> Image.Image:
+        if path == entries[2].path:
+            raise KeyboardInterrupt
+        return read_rgb(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "read_rgb", ended)
+        pack(entries, 8, tmp_path / "cache", workers=1)
+    for entry, (data, changed) in zip(entries, before):
+        entry.path.write_bytes(data)
+        os.utime(entry.path, ns=(changed, changed))
+    assert torch.equal(pack(entries, 8, tmp_path / "cache").images, old)
 
 
 @pytest.mark.parametrize("name", ["images.npy", "keys.npy", "index.json"])
