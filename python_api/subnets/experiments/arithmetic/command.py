@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 from subnets.experiments.arithmetic.config import ArithmeticConfig, make_config
 from subnets.experiments.arithmetic.run import report, run
+from subnets.experiments.knobs import help_text
 
 
 def main(preset: str, overrides: dict[str, str], out: Path, show: bool) -> str:
@@ -16,11 +16,7 @@ def main(preset: str, overrides: dict[str, str], out: Path, show: bool) -> str:
 
 def knobs() -> str:
     """Every key of the config with its default in the paper's recipe and what it does."""
-    lines = []
-    for knob in fields(ArithmeticConfig):
-        if knob.name != "preset":
-            lines.append(f"{knob.name} = {knob.default}\n    {knob.metadata['help']}")
-    return "\n".join(lines)
+    return help_text(ArithmeticConfig)
 
 
 def write_report(folder: Path) -> str:

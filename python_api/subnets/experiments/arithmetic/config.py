@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
+from subnets.experiments import knobs
 from subnets.experiments.arithmetic.data import DISAMBIGUATION_SIZES
+from subnets.experiments.knobs import Knobs, knob
 from subnets.training.gpt2 import GPT2Shape
 from subnets.training.seeds import seed_for
 
@@ -28,61 +28,56 @@ PUBLISHED_CONDITIONS = tuple(name for name in CONDITIONS if name != "sampled_com
 INHERIT = ("unmasked", "none")
 
 
-def _knob(default: Any, text: str) -> Any:
-    """A dataclass field whose `help` is shown by `subnets run arithmetic --help`."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class ArithmeticConfig:
+class ArithmeticConfig(Knobs):
     """The exact recipe of the paper where nothing is changed; see `preset`."""
 
-    preset: str = _knob("paper", "name of the preset these values started from")
-    layers: tuple[int, ...] = _knob((4,), "depths to run, e.g. 2,4,6")
-    seed: int = _knob(0, "seed of the base network, of discovery and of all data streams")
-    inherit: str = _knob("unmasked", "'unmasked': embeddings, norms and biases come from T1; 'none': fresh everywhere")
-    conditions: tuple[str, ...] = _knob(CONDITIONS, "which transfer conditions to train")
-    sizes: tuple[int, ...] = _knob(DISAMBIGUATION_SIZES, "numbers of disambiguation pairs n")
-    base_seeds: int = _knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
-    transfer_seeds: int = _knob(5, "transfer runs per condition and n on the first base network and its mask")
-    transfer_seeds_at: tuple[int, ...] | None = _knob(
+    preset: str = knob("paper", "name of the preset these values started from")
+    layers: tuple[int, ...] = knob((4,), "depths to run, e.g. 2,4,6")
+    seed: int = knob(0, "seed of the base network, of discovery and of all data streams")
+    inherit: str = knob("unmasked", "'unmasked': embeddings, norms and biases come from T1; 'none': fresh everywhere")
+    conditions: tuple[str, ...] = knob(CONDITIONS, "which transfer conditions to train")
+    sizes: tuple[int, ...] = knob(DISAMBIGUATION_SIZES, "numbers of disambiguation pairs n")
+    base_seeds: int = knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
+    transfer_seeds: int = knob(5, "transfer runs per condition and n on the first base network and its mask")
+    transfer_seeds_at: tuple[int, ...] | None = knob(
         None, "with base_seeds > 1: depths at which the first base has transfer_seeds runs, elsewhere one; None = all"
     )
 
-    width: int = _knob(128, "width of the network")
-    heads: int = _knob(4, "attention heads")
-    dropout: float = _knob(0.1, "dropout while training the base and the transfer networks")
+    width: int = knob(128, "width of the network")
+    heads: int = knob(4, "attention heads")
+    dropout: float = knob(0.1, "dropout while training the base and the transfer networks")
 
-    base_pairs: int = _knob(200_000, "T1 training pairs")
-    base_epochs: int = _knob(50, "most epochs on T1; training stops earlier at base_stop_at")
-    base_batch: int = _knob(50, "T1 batch")
-    base_lr: float = _knob(5e-4, "T1 rate")
-    base_decay: bool = _knob(True, "T1 rate falls linearly to 0 over base_epochs")
-    base_weight_decay: float = _knob(0.0, "AdamW weight decay on T1")
-    base_beta2: float = _knob(0.999, "AdamW second beta on T1")
-    base_warmup: int = _knob(0, "steps of linear warm-up on T1")
-    base_dropout: float | None = _knob(None, "dropout on T1 if another than `dropout`")
-    base_evaluate_every: int = _knob(0, "steps between evaluations on T1; 0 = once an epoch")
-    base_stop_at: float = _knob(1.0, "held-out accuracy at which T1 training stops")
-    base_patience: int = _knob(10, "epochs without gain after which T1 training stops")
+    base_pairs: int = knob(200_000, "T1 training pairs")
+    base_epochs: int = knob(50, "most epochs on T1; training stops earlier at base_stop_at")
+    base_batch: int = knob(50, "T1 batch")
+    base_lr: float = knob(5e-4, "T1 rate")
+    base_decay: bool = knob(True, "T1 rate falls linearly to 0 over base_epochs")
+    base_weight_decay: float = knob(0.0, "AdamW weight decay on T1")
+    base_beta2: float = knob(0.999, "AdamW second beta on T1")
+    base_warmup: int = knob(0, "steps of linear warm-up on T1")
+    base_dropout: float | None = knob(None, "dropout on T1 if another than `dropout`")
+    base_evaluate_every: int = knob(0, "steps between evaluations on T1; 0 = once an epoch")
+    base_stop_at: float = knob(1.0, "held-out accuracy at which T1 training stops")
+    base_patience: int = knob(10, "epochs without gain after which T1 training stops")
 
-    discovery_pairs: int = _knob(50_000, "S1 training pairs")
-    discovery_epochs: int = _knob(50, "epochs of discovery; beta grows once an epoch")
-    discovery_batch: int = _knob(500, "S1 batch")
-    discovery_lr: float | None = _knob(None, "rate of the scores; None = 1e-3, and 2e-3 at 8 layers as published")
-    lam: float = _knob(1e-7, "penalty per unit of mask (raw sum over all masked weights)")
-    score_init: float = _knob(-0.1, "initial score")
-    beta_end: float = _knob(100.0, "beta after the last epoch")
+    discovery_pairs: int = knob(50_000, "S1 training pairs")
+    discovery_epochs: int = knob(50, "epochs of discovery; beta grows once an epoch")
+    discovery_batch: int = knob(500, "S1 batch")
+    discovery_lr: float | None = knob(None, "rate of the scores; None = 1e-3, and 2e-3 at 8 layers as published")
+    lam: float = knob(1e-7, "penalty per unit of mask (raw sum over all masked weights)")
+    score_init: float = knob(-0.1, "initial score")
+    beta_end: float = knob(100.0, "beta after the last epoch")
 
-    transfer_epochs: int = _knob(100, "epochs on T2")
-    transfer_batch: int = _knob(50, "T2 batch")
-    transfer_lr: float = _knob(2e-4, "T2 rate")
-    num_ambiguous: int = _knob(1000, "ambiguous T2 pairs (a = b)")
-    num_held_out: int = _knob(1000, "pairs in each validation and test set")
+    transfer_epochs: int = knob(100, "epochs on T2")
+    transfer_batch: int = knob(50, "T2 batch")
+    transfer_lr: float = knob(2e-4, "T2 rate")
+    num_ambiguous: int = knob(1000, "ambiguous T2 pairs (a = b)")
+    num_held_out: int = knob(1000, "pairs in each validation and test set")
 
-    subnet_controls: int = _knob(5, "size-matched random subnetworks that the S1 table compares with")
-    device: str | None = _knob(None, "where all networks are trained, 'cpu' or 'cuda'; None = cuda where there is one")
-    stack: int | None = _knob(
+    subnet_controls: int = knob(5, "size-matched random subnetworks that the S1 table compares with")
+    device: str | None = knob(None, "where all networks are trained, 'cpu' or 'cuda'; None = cuda where there is one")
+    stack: int | None = knob(
         None, "most networks trained side by side (changes speed and rounding only); None = by device and its memory"
     )
 
@@ -144,20 +139,6 @@ class ArithmeticConfig:
             return self.discovery_lr
         return 2e-3 if layers == 8 else 1e-3
 
-    def to_json(self) -> dict[str, Any]:
-        """The values as JSON has them: tuples become lists."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ArithmeticConfig:
-        """The inverse of `to_json`; unknown names are refused."""
-        known = {knob.name for knob in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"ArithmeticConfig: unknown keys {unknown}; known are {', '.join(sorted(known))}")
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**given)
-
 
 _POSITIVE = (
     "layers", "base_seeds", "transfer_seeds", "transfer_seeds_at", "width", "heads", "base_pairs", "base_epochs",
@@ -209,36 +190,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str = "standard", overrides: dict[str, str] | None = None) -> ArithmeticConfig:
-    """The preset with `overrides` (text as typed after --set) applied.
-
-    Raises ValueError for an unknown preset or key and for text that is not of the key's type.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"make_config: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    values: dict[str, Any] = {"preset": preset, **PRESETS[preset]}
-    hints = typing.get_type_hints(ArithmeticConfig)
-    for key, text in (overrides or {}).items():
-        if key not in hints or key == "preset":
-            known = ", ".join(name for name in hints if name != "preset")
-            raise ValueError(f"make_config: --set key must be one of {known}, got {key!r}")
-        values[key] = _parse(key, text, hints[key])
-    return ArithmeticConfig(**values)
-
-
-def _parse(key: str, text: str, hint: Any) -> Any:
-    """`text` as the type `hint`: int, float, bool, str, X | None, or tuple[X, ...] written as X,X,X."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return tuple(_parse(key, part.strip(), inner) for part in text.split(",") if part.strip())
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"make_config: {key} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    try:
-        return hint(text)
-    except ValueError:
-        raise ValueError(f"make_config: {key} must be {hint.__name__}, got {text!r}") from None
+    """The preset with `overrides` (text as typed after --set) applied; see `knobs.make_config`."""
+    return knobs.make_config(ArithmeticConfig, PRESETS, preset, overrides)

@@ -1,0 +1,112 @@
+"""The networks of the vision experiment, transformers' ResNet-18 and ViT, and the roles of their parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ARCHITECTURES = ("resnet18", "vit")
+_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as both published source networks expect
+_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """Which network, how wide, for which images.
+
+    Args:
+        architecture: "resnet18" or "vit".
+        width: channels of the first ResNet stage (64 is ResNet-18); hidden size of the ViT (a multiple of its heads).
+        image_size: pixels.
+        num_classes: outputs.
+        patch, depth, heads: of the ViT.
+    """
+
+    architecture: str = "resnet18"
+    width: int = 64
+    image_size: int = 64
+    num_classes: int = 16
+    patch: int = 8
+    depth: int = 6
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"NetworkShape: architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}"
+            )
+        if self.architecture == "vit" and (self.image_size % self.patch or self.width % self.heads):
+            raise ValueError(
+                f"NetworkShape: patch must divide image_size and heads width, got {self.image_size} / {self.patch} "
+                f"and {self.width} / {self.heads}"
+            )
+
+
+class Classifier(nn.Module):
+    """uint8 images [B, 3, H, W] -> logits [B, classes]: normalisation, then transformers' network as it is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits; images are uint8, or floating point in [0, 255]."""
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        return self.network(pixel_values=pixels.contiguous(memory_format=torch.channels_last)).logits
+
+
+def build(shape: NetworkShape, seed: int) -> Classifier:
+    """A fresh network: transformers' own initialisation, drawn from ``seed``; the caller's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _network(shape)
+    return Classifier(network.to(memory_format=torch.channels_last)).eval()
+
+
+def _network(shape: NetworkShape) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "the vision experiment's networks come from transformers, which is not installed: "
+            "pip install 'subnet-kernels[vision]'"
+        ) from None
+    common: dict[str, Any] = {"num_labels": shape.num_classes}
+    if shape.architecture == "resnet18":
+        widths = [shape.width << i for i in range(4)]
+        return transformers.ResNetForImageClassification(transformers.ResNetConfig(
+            embedding_size=shape.width, hidden_sizes=widths, depths=[2, 2, 2, 2], layer_type="basic", **common,
+        ))  # fmt: skip
+    return transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=shape.width, num_hidden_layers=shape.depth, num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width, image_size=shape.image_size, patch_size=shape.patch,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **common,
+    ))  # fmt: skip
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> every batch norm and layer norm."""
+    kinds = (nn.BatchNorm2d, nn.LayerNorm)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def norm_state(model: nn.Module) -> set[str]:
+    """Names in the state dict that belong to norms: weights, biases, running statistics."""
+    inside = tuple(f"{name}." for name in norm_layers(model))
+    return {name for name in model.state_dict() if name.startswith(inside)}
+
+
+def head_state(model: Classifier) -> set[str]:
+    """Names in the state dict that belong to the output head."""
+    return {name for name in model.state_dict() if name.startswith("network.classifier.")}
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Norm layers stay as they are: in eval mode, their parameters without gradient. Call again after `train()`."""
+    for module in norm_layers(model).values():
+        module.eval().requires_grad_(False)
