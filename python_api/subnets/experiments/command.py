@@ -14,13 +14,15 @@ EXPERIMENTS = {
     "arithmetic": "subnets.experiments.arithmetic.command",
     "arithmetic-sensitivity": "subnets.experiments.arithmetic.sensitivity",
     "arithmetic-stability": "subnets.experiments.arithmetic.stability",
+    "vision": "subnets.experiments.vision.command",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `subnets run`."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    parser.add_argument("--preset", default=None, help="quick (minutes), standard (default) or paper (exact)")
+    presets = "quick (minutes), standard (default), or the exact recipe: paper (arithmetic), imagenet (vision)"
+    parser.add_argument("--preset", default=None, help=presets)
     changes = "change one value of the config; may be repeated; `--set help` lists the keys"
     parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help=changes)
     parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/EXPERIMENT-PRESET)")

@@ -53,10 +53,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left: a row per epoch of the curve, and how many images a second were trained on."""
+    """What training left: a row per epoch of the curve; images a second; seconds, if all was trained in one go those
+    it took, else those of the epochs done now scaled to all."""
 
     curve: list[dict[str, float]]
     images_per_second: float | None
+    seconds: float
 
 
 Report = Callable[[int], None]
@@ -120,7 +122,8 @@ def train(
         if checkpoint:
             _save(checkpoint, model, optimizer, curve)
     model.eval()
-    return Trained(curve, done / seconds if seconds else None)
+    rate = done / seconds if seconds else None
+    return Trained(curve, rate, round(len(data) * recipe.epochs / rate, 2) if rate else 0.0)
 
 
 def class_weights(data: ImageSet) -> Tensor:

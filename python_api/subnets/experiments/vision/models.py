@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,33 @@ def _network(shape: NetworkShape) -> nn.Module:
     ))  # fmt: skip
 
 
+def load_pretrained(model: Classifier, folder: Path) -> None:
+    """Everything but the head from a transformers checkpoint (config.json, model.safetensors) of the same network.
+
+    Raises ValueError if the folder holds none or one of another architecture or size.
+    """
+    network = model.network
+    try:
+        loaded = type(network).from_pretrained(  # pyright: ignore
+            folder, local_files_only=True, use_safetensors=True, num_labels=network.config.num_labels,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        expected = f"a transformers checkpoint of {type(network).__name__} in safetensors"
+        raise ValueError(f"load_pretrained: {folder} must be {expected}: {error}") from None
+    old = {name: value for name, value in loaded.state_dict().items() if not name.startswith("classifier.")}
+    new = {name: value for name, value in network.state_dict().items() if not name.startswith("classifier.")}
+    differing = sorted(
+        n for n in old.keys() | new.keys() if n not in old or n not in new or old[n].shape != new[n].shape
+    )
+    if differing:
+        raise ValueError(
+            f"load_pretrained: {folder} must hold a {type(network).__name__} of the config's width and depth; "
+            f"{len(differing)} parameters differ, {differing[0]} first"
+        )
+    network.load_state_dict({**network.state_dict(), **old})
+
+
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> every batch norm and layer norm."""
     kinds = (nn.BatchNorm2d, nn.LayerNorm)
@@ -110,3 +138,14 @@ def freeze_norms(model: nn.Module) -> None:
     """Norm layers stay as they are: in eval mode, their parameters without gradient. Call again after `train()`."""
     for module in norm_layers(model).values():
         module.eval().requires_grad_(False)
+
+
+def embedding_state(model: nn.Module) -> set[str]:
+    """Names in the state dict of the CLS token and the position embeddings."""
+    return {name for name in model.state_dict() if name.endswith(("cls_token", "position_embeddings"))}
+
+
+def masked_targets(shape: NetworkShape) -> str:
+    """What discovery masks, as `mask_model` takes it: every convolution of a ResNet, but not its head; every linear
+    layer of a ViT with its head, and its patch convolution."""
+    return "all-conv" if shape.architecture == "resnet18" else r".*"

@@ -52,17 +52,20 @@ class Look:
         noise: standard deviation of the pixel noise, of [0, 1].
     """
 
-    object_scale: tuple[float, float] = (0.5, 0.8)
+    object_scale: tuple[float, float] = (0.55, 0.85)
     turn: float = 30.0
-    bend: float = 0.08
-    period: tuple[float, float] = (5.0, 9.0)
-    contrast: tuple[float, float] = (0.3, 0.7)
-    occluders: float = 0.5
-    texture_turn: float = 20.0
-    surroundings: float = 0.5
-    plain: float = 0.25
-    close_up: float = 0.25
+    bend: float = 0.06
+    period: tuple[float, float] = (8.0, 10.0)
+    contrast: tuple[float, float] = (0.5, 0.9)
+    occluders: float = 0.3
+    texture_turn: float = 10.0
+    surroundings: float = 1.0
+    plain: float = 0.35
+    close_up: float = 0.15
     noise: float = 0.02
+
+
+BOTH_CUES = {"plain": 0.0, "close_up": 0.0}  # changes to a Look: every object whole and textured
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""`subnets run vision`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from subnets.experiments.knobs import help_text
+from subnets.experiments.vision.config import VisionConfig, make_config
+from subnets.experiments.vision.run import report, run
+
+
+def main(preset: str, overrides: dict[str, str], out: Path, show: bool) -> str:
+    """Runs the experiment and returns the text for the terminal."""
+    return run(make_config(preset, overrides), out, show)
+
+
+def knobs() -> str:
+    """Every key of the config with its default in the paper's recipe and what it does."""
+    return help_text(VisionConfig)
+
+
+def write_report(folder: Path) -> str:
+    """Writes the tables, figures and page of a finished run again; returns the text for the terminal."""
+    return report(folder)
