@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("subnets.report.command", "write a run folder's tables, figures and report.html again"),
     "inspect": ("subnets.commands.inspect", "say what is in a subnet file"),
     "diff": ("subnets.commands.diff", "compare two subnet files"),
+    "shape-bias": ("subnets.commands.shape_bias", "shape bias of saved classifiers on cue-conflict images"),
     "bench": ("subnets.commands.bench", "time the kernels and layers against their baselines"),
     "doctor": ("subnets.commands.doctor", "say what this machine can run, and why each backend is or isn't used"),
 }

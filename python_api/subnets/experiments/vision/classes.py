@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CLASSES = (
     "airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat",
@@ -26,5 +27,18 @@ def synsets() -> dict[str, list[str]]:
     these synsets' (`folders.list_imagenet` can keep to them). Its list of synsets has five kinds of truck more (fire
     engine, minivan, pickup, police van, tow truck), of which the image lists hold nothing.
     """
-    mapping = json.loads((Path(__file__).parent / "imagenet16.json").read_text(encoding="utf-8"))["synsets"]
+    return _listed("synsets")
+
+
+def outputs() -> dict[str, list[int]]:
+    """Class name -> which of the 1,000 outputs of an ImageNet classifier count as the class, 207 in all.
+
+    Outputs stand for ILSVRC-2012's synsets in sorted order. Here the five kinds of truck are in, as in the published
+    evaluation of ImageNet networks (Geirhos et al., ICLR 2019).
+    """
+    return _listed("outputs")
+
+
+def _listed(key: str) -> dict[str, list[Any]]:
+    mapping = json.loads((Path(__file__).parent / "imagenet16.json").read_text(encoding="utf-8"))[key]
     return {name: list(mapping[name]) for name in CLASSES}

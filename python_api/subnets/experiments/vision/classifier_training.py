@@ -197,9 +197,13 @@ def _resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimize
     tensors, metadata = load_tensors(path)
     model.load_state_dict({n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")})
     states: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:  # fused optimizers need the parameter's strides, which no file keeps
+                value = torch.empty_like(parameter).copy_(value)
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     return json.loads(metadata["curve"])

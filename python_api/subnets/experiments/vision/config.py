@@ -49,7 +49,9 @@ class VisionConfig(Knobs):
     images: str | None = knob(None, "folder of natural images by synset or class; None = generated images")
     pooled: str | None = knob(None, "folder of their mean-pooled twins; None = made in the run folder")
     masks: str | None = knob(None, "folder of segment masks (SAM) for mean pooling; None = scikit-image")
-    conflict: str | None = knob(None, "folder of cue-conflict images of the 16 classes, for evaluation")
+    conflict: str | None = knob(
+        None, "folder of cue-conflict images of the 16 classes: for evaluation, or (without images) all there is"
+    )
     most_per_class: int = knob(1000, "with `images`: most mean-pooled images per class, as published")
     base_model: str | None = knob(None, "folder of a transformers checkpoint that is the base; its head is replaced")
 
@@ -90,14 +92,15 @@ class VisionConfig(Knobs):
         for name, choices in (("inherit", INHERIT), ("norms", NORMS), ("transfer_optimizer", ("sgd", "adamw"))):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self._check("device", self.device in (None, "cpu", "cuda"), "'cpu', 'cuda' or None")
-        if self.images is None:
+        if self.source == "generated":
             self._check("sizes", bool(self.sizes), "given where images are generated")
             for name in ("base_images", "discovery_images"):
                 self._check(name, getattr(self, name) >= 16, "at least 16 where images are generated")
-            for name in _FOLDERS[1:]:
-                self._check(name, getattr(self, name) is None, "left out where images are generated (images=None)")
-        elif self.conflict is None:
-            raise ValueError("VisionConfig: conflict must name a folder of cue-conflict images where images is given")
+        elif self.source == "folders":
+            self._check("conflict", self.conflict is not None, "a folder of cue-conflict images where images is given")
+        needs_images = ("pooled", "base_model") if self.source == "conflict" else _FOLDERS[1:]
+        for name in needs_images if self.source != "folders" else ():
+            self._check(name, getattr(self, name) is None, "left out where images is not given")
         for name in _FOLDERS:
             folder = getattr(self, name)
             self._check(name, folder is None or Path(folder).is_dir(), "a folder that exists")
@@ -108,6 +111,13 @@ class VisionConfig(Knobs):
     def _check(self, name: str, is_good: bool, expected: str) -> None:
         if not is_good:
             raise ValueError(f"VisionConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def source(self) -> str:
+        """Where images come from: "generated", "folders" (`images` is given), "conflict" (`conflict` alone is)."""
+        if self.images is not None:
+            return "folders"
+        return "generated" if self.conflict is None else "conflict"
 
     def network(self) -> NetworkShape:
         """The network that is trained and searched."""
@@ -126,8 +136,9 @@ class VisionConfig(Knobs):
         return [(0, s) for s in range(self.transfer_seeds)] + [(r, r) for r in range(1, self.base_seeds)]
 
 
+# Generated images: networks with fresh norms, so that nothing but what is planted comes from the base.
 _BUNDLED: dict[str, Any] = {
-    "inherit": "unmasked",
+    "inherit": "none",
     "norms": "trained",
     "base_lr": 2e-3,
     "base_batch": 64,
@@ -163,13 +174,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transfer_epochs": 12,
     },
     "imagenet": {"image_size": 224},
+    "cue-conflict": {
+        **_BUNDLED,
+        "width": 16,
+        "image_size": 96,
+        "base_seeds": 3,
+        "transfer_seeds": 1,
+        "base_epochs": 30,
+        "base_batch": 32,
+        "discovery_epochs": 20,
+        "discovery_batch": 32,
+        "transfer_epochs": 20,
+        "transfer_batch": 32,
+    },
 }
+
+
+_NEEDED = {"imagenet": ("images", "conflict"), "cue-conflict": ("conflict",)}
 
 
 def make_config(preset: str = "standard", overrides: dict[str, str] | None = None) -> VisionConfig:
     """The preset with `overrides` (text as typed after --set) applied; see `knobs.make_config`."""
-    if preset == "imagenet" and "images" not in (overrides or {}):
-        raise ValueError(
-            "make_config: preset 'imagenet' needs folders: --set images=IMAGENET/train --set conflict=CUE_CONFLICT"
-        )
+    for name, folders in _NEEDED.items():
+        missing = [f"--set {folder}=FOLDER" for folder in folders if folder not in (overrides or {})]
+        if preset == name and missing:
+            raise ValueError(f"make_config: preset {name!r} needs {' '.join(missing)}")
     return knobs.make_config(VisionConfig, PRESETS, preset, overrides)

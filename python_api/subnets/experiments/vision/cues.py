@@ -161,10 +161,7 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clouds": lambda x, y: _smooth_noise("clouds", 5.0),
     "wood": lambda x, y: _square_wave(1.5 * x + 2.5 * _smooth_noise("wood", 4.0)),
     "triangles": lambda x, y: ((x % 1 + y % 1 > 1).float() - _square_wave(y / 2)).abs(),
-    "plusses": lambda x, y: (
-        torch.minimum((x % 1 - 0.5).abs(), (y % 1 - 0.5).abs()).lt(0.1).float()
-        * torch.maximum((x % 1 - 0.5).abs(), (y % 1 - 0.5).abs()).lt(0.38)
-    ),
+    "diamonds": lambda x, y: _square_wave(((x % 1 - 0.5).abs() + (y % 1 - 0.5).abs()) * 2 + 0.25),
     "cracks": _cracks,
 }
 

@@ -15,6 +15,7 @@ from subnets.experiments.vision.folders import (
     list_class_folders,
     list_cue_conflict,
     list_imagenet,
+    parse_cue_conflict,
     split,
 )
 from subnets.experiments.vision.images import ImageSet
@@ -35,6 +36,7 @@ class GeneratedData:
 
     def __init__(self, config: VisionConfig) -> None:
         self.config = config
+        self._transfer: dict[int, ImageSet] = {}
 
     @cached_property
     def base(self) -> ImageSet:
@@ -62,8 +64,15 @@ class GeneratedData:
         }
 
     def transfer(self, num_images: int, transfer_seed: int) -> ImageSet:
-        """The natural training images of one transfer seed; fewer are the first of more, in whole chunks."""
-        return self._scenes(num_images, f"transfer {transfer_seed}", Look())
+        """The first `num_images` of the natural training images of one transfer seed."""
+        if transfer_seed not in self._transfer:  # runs of one seed follow each other: one set in memory is enough
+            everything = self._scenes(max(self.config.sizes), f"transfer {transfer_seed}", Look())
+            self._transfer = {transfer_seed: everything}
+        return self._transfer[transfer_seed].take(range(num_images))
+
+    def of_replicate(self, base_seed: int) -> GeneratedData:
+        """The same images for every base network."""
+        return self
 
     def sizes(self) -> tuple[int, ...]:
         """Numbers of training images that are run."""
@@ -148,6 +157,10 @@ class FolderData:
         generator = torch_generator(self.config.seed, "images", "transfer", transfer_seed)
         return self.base.take(torch.randperm(len(self.base), generator=generator)[:num_images].sort().values)
 
+    def of_replicate(self, base_seed: int) -> FolderData:
+        """The same images for every base network."""
+        return self
+
     def sizes(self) -> tuple[int, ...]:
         """Numbers of training images that are run: those of the config that there are, or all."""
         total = len(self.base)
@@ -157,12 +170,94 @@ class FolderData:
         return self.config.sizes or (total,)
 
 
-Data = GeneratedData | FolderData
+class ConflictData:
+    """Cue-conflict photographs alone, split so that nothing leaks.
+
+    The images of Geirhos et al. pair 10 shape instances a class (airplane1 ... airplane10) with 3 texture instances a
+    class. Fold f tests on the images whose instance numbers both leave the remainder f when divided by 3, and trains on
+    those of which neither does; images that would share an instance with the other side are left out.
+
+    The base learns the shape of the training images, discovery sees them mean-pooled. In transfer each training image
+    is labelled by its shape or by its texture, drawn at random by the transfer seed: the labels leave open which cue
+    counts. `tests` have shapes as classes throughout.
+    """
+
+    def __init__(self, config: VisionConfig, cache: Path, show: bool, fold: int = 0) -> None:
+        assert config.conflict is not None
+        self.config, self.cache, self.show, self.fold = config, cache, show, fold
+        source, destination = Path(config.conflict), cache / "mean-pooled"
+        entries = list_cue_conflict(source)
+        masks = None if config.masks is None else Path(config.masks)
+        pool_folder(source, destination, entries=entries, masks=masks, progress=show)
+        pooled = [
+            replace(one, path=(destination / one.path.relative_to(source)).with_suffix(".png")) for one in entries
+        ]
+        self.photographs = pack(entries, config.image_size, cache / "conflict", crop=1.0, progress=show)
+        self.pooled = pack(pooled, config.image_size, cache / "conflict-pooled", crop=1.0, progress=show)
+        cues = [parse_cue_conflict(one.path) for one in entries]
+        number = [(_number(cue.shape_instance), _number(cue.texture_instance)) for cue in cues]
+        in_fold = [(shape % 3 == fold % 3, texture % 3 == fold % 3) for shape, texture in number]
+        self.test_rows = [i for i, (shape, texture) in enumerate(in_fold) if shape and texture]
+        self.train_rows = [i for i, (shape, texture) in enumerate(in_fold) if not shape and not texture]
+        if not self.test_rows or not self.train_rows:
+            raise ValueError(
+                f"VisionConfig: conflict={config.conflict} must hold instances that can be split, as airplane1-bear2, "
+                f"airplane2-bear3; fold {fold % 3} leaves {len(self.train_rows)} images to train on and "
+                f"{len(self.test_rows)} to test on"
+            )
+
+    def of_replicate(self, base_seed: int) -> ConflictData:
+        """Another fold for another base network."""
+        return self if base_seed == self.fold else ConflictData(self.config, self.cache, self.show, base_seed)
+
+    @cached_property
+    def base(self) -> ImageSet:
+        """Training photographs, labelled by shape."""
+        return self.photographs.take(self.train_rows)
+
+    @cached_property
+    def discovery(self) -> ImageSet:
+        """The same, mean-pooled, but for every tenth."""
+        return self.pooled.take([row for i, row in enumerate(self.train_rows) if i % 10])
+
+    @cached_property
+    def discovery_held_out(self) -> ImageSet:
+        """Every tenth, mean-pooled: on them discovery chooses its best epoch."""
+        return self.pooled.take(self.train_rows[::10])
+
+    @cached_property
+    def tests(self) -> dict[str, ImageSet]:
+        """KINDS -> test photographs; "natural" and "conflict" are the same images here."""
+        photographs = self.photographs.take(self.test_rows)
+        return {
+            "natural": photographs, "mean_pooled": self.pooled.take(self.test_rows), "conflict": photographs,
+        }  # fmt: skip
+
+    def transfer(self, num_images: int, transfer_seed: int) -> ImageSet:
+        """Training photographs, each labelled by one of its two cues."""
+        generator = torch_generator(self.config.seed, "images", "labels", transfer_seed)
+        chosen = self.base.take(torch.randperm(len(self.base), generator=generator)[:num_images].sort().values)
+        by_shape = torch.rand(len(chosen), generator=generator) < 0.5
+        return replace(chosen, shape=torch.where(by_shape, chosen.shape, chosen.texture))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of training images that are run; the smallest fold's number where the config has none."""
+        return self.config.sizes or (len(self.base),)
+
+
+Data = GeneratedData | FolderData | ConflictData
 
 
 def open_data(config: VisionConfig, cache: Path, show: bool) -> Data:
     """The images of a config; with folders they are listed, checked and packed into `cache` here."""
-    return GeneratedData(config) if config.images is None else FolderData(config, cache, show)
+    if config.images is not None:
+        return FolderData(config, cache, show)
+    return GeneratedData(config) if config.conflict is None else ConflictData(config, cache, show)
+
+
+def _number(instance: str) -> int:
+    """airplane10 -> 10"""
+    return int("".join(letter for letter in instance if letter.isdigit()))
 
 
 def _list(folder: Path) -> list[Entry]:

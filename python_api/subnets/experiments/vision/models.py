@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 ARCHITECTURES = ("resnet18", "vit")
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as both published source networks expect
-_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class NetworkShape:
 
 
 class Classifier(nn.Module):
-    """uint8 images [B, 3, H, W] -> logits [B, classes]: normalisation, then transformers' network as it is."""
+    """uint8 images [B, 3, H, W] -> logits [B, classes]: colours less ``mean`` over ``std`` (fractions of 255, per
+    channel), then transformers' network as it is."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(
+        self, network: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits; images are uint8, or floating point in [0, 255]."""

@@ -56,7 +56,7 @@ class Replicate:
 def replicates(config: VisionConfig, data: Data, folder: Path) -> list[Replicate]:
     """The base networks, whose files are in `folder` where there is one, in base0, base1, ... else."""
     places = [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
-    return [Replicate(config.of_replicate(r), data, place) for r, place in enumerate(places)]
+    return [Replicate(config.of_replicate(r), data.of_replicate(r), place) for r, place in enumerate(places)]
 
 
 def device_of(config: VisionConfig) -> torch.device:

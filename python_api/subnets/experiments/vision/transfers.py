@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from subnets.experiments.vision.classifier_training import Recipe
 from subnets.experiments.vision.conditions import norms_are_frozen, planted, starting_state
 from subnets.experiments.vision.config import VisionConfig
 from subnets.experiments.vision.models import Classifier
+from subnets.experiments.vision.real import model_metadata
 from subnets.experiments.vision.stages import Replicate, evaluate, rounded, train_shown
 from subnets.subnet import Subnet
 from subnets.training.files import save_tensors, write_json
@@ -59,7 +59,7 @@ def transfer_stage(
     checkpoint = folder / f"{run.name()}.checkpoint.safetensors"
     data = replicate.data.transfer(run.num_images, run.seed)
     trained = train_shown(run.name(), show, fresh, data, recipe, (*names, "training"), checkpoint=checkpoint)
-    save_tensors(folder / f"{run.name()}.safetensors", fresh.state_dict(), model_metadata(config, run))
+    save_tensors(folder / f"{run.name()}.safetensors", fresh.state_dict(), model_metadata(config.network(), run.name()))
     write_json(facts, {
         **vars(run),
         **rounded(evaluate(fresh, replicate.data.tests, config.bf16)),
@@ -84,9 +84,3 @@ def transfer_recipe(config: VisionConfig, condition: str) -> Recipe:
         style=config.style if condition == "augmentation" else 0.0,
         bf16=config.bf16,
     )
-
-
-def model_metadata(config: VisionConfig, run: TransferRun) -> dict[str, str]:
-    """What a saved network's file says of itself: enough to build it again."""
-    shape: dict[str, Any] = vars(config.network())
-    return {"format": "subnets vision classifier 1", "run": run.name(), **{k: str(v) for k, v in shape.items()}}

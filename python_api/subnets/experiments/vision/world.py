@@ -28,7 +28,7 @@ from subnets.training.seeds import torch_generator
 CLASSES = tuple(f"{shape} / {texture}" for shape, texture in zip(SHAPES, TEXTURES, strict=True))
 NUM_CLASSES = len(CLASSES)
 CUES = ("natural", "conflict", "independent")
-_CHUNK = 256  # images drawn at once; part of what a seed means
+_CHUNK = 64  # images drawn at once (of a size that caches hold); part of what a seed means
 _REGIONS = 3  # of the background
 _OCCLUDERS = 2
 _OBJECT = _REGIONS  # its segment's number; occluders follow
@@ -82,8 +82,7 @@ class Scenes:
 
 
 def draw_scenes(num: int, seed: int | str, cues: str = "natural", size: int = 64, look: Look = Look()) -> Scenes:
-    """``num`` images of ``size`` x ``size`` pixels, the same for the same arguments, and the first ones the same for a
-    larger ``num``'s whole chunks of 256.
+    """``num`` images of ``size`` x ``size`` pixels, the same for the same arguments.
 
     Args:
         num: number of images; classes are as equally frequent as ``num`` allows.
@@ -145,7 +144,7 @@ def _draw(shape: Tensor, texture: Tensor, size: int, look: Look, generator: torc
     wave = contrast[:, :, None, None] * (pattern[:, None] - 0.5)
     is_around = (uniform(0, 1) < look.surroundings)[:, None, None] & (region == 0)
     background = background + 0.5 * wave * is_around[:, None]
-    shade = (object_xy * _unit(uniform(0, 2 * math.pi))[:, None, None]).sum(-1)[:, None] * uniform(0, 0.1, 1, 1, 1)
+    shade = _along(object_xy, uniform(0, 2 * math.pi))[:, None] * uniform(0, 0.1, 1, 1, 1)
     painted = object_colour[:, :, None, None] + wave + shade
     image = torch.lerp(background, painted, cover[:, None])
     segments = torch.where(cover > 0.5, _OBJECT, region)
@@ -154,8 +153,9 @@ def _draw(shape: Tensor, texture: Tensor, size: int, look: Look, generator: torc
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), segments.to(torch.uint8)
 
 
-def _unit(angle: Tensor) -> Tensor:
-    return torch.stack([angle.cos(), angle.sin()], -1)
+def _along(xy: Tensor, angle: Tensor) -> Tensor:
+    """Coordinate of xy [B or 1, S, S, 2] along the directions `angle` [B]."""
+    return xy[..., 0] * angle.cos()[:, None, None] + xy[..., 1] * angle.sin()[:, None, None]
 
 
 def _turned(xy: Tensor, angle: Tensor) -> Tensor:
@@ -181,12 +181,11 @@ def _away_from(colour: Tensor, uniform) -> Tensor:
 def _background(xy: Tensor, uniform, look: Look) -> tuple[Tensor, Tensor]:
     """Colours [B, 3, S, S] and region numbers [B, S, S] of wavy regions with blotches and a slow gradient."""
     size = xy.shape[0]
-    scores = []
-    for _ in range(_REGIONS):
-        direction, phase, speed = _unit(uniform(0, 2 * math.pi)), uniform(0, 2 * math.pi), uniform(0.7, 1.8)
-        along = (xy * direction[:, None, None]).sum(-1)
-        scores.append(torch.sin(along * speed[:, None, None] * 2 + phase[:, None, None]))
-    region = torch.stack(scores, 1).argmax(1)
+    region, highest = torch.zeros(1, dtype=torch.int64), torch.tensor(-torch.inf)
+    for number in range(_REGIONS):  # each pixel belongs to the region whose wave is highest there
+        angle, phase, speed = uniform(0, 2 * math.pi), uniform(0, 2 * math.pi), uniform(0.7, 1.8)
+        wave = torch.sin(_along(xy, angle) * speed[:, None, None] * 2 + phase[:, None, None])
+        region, highest = torch.where(wave > highest, number, region), torch.maximum(wave, highest)
     colours = uniform(0.1, 0.9, _REGIONS, 3)
     flat = torch.gather(colours, 1, region.flatten(1)[..., None].expand(-1, -1, 3))
     flat = flat.transpose(1, 2).unflatten(2, (size, size))
@@ -223,7 +222,7 @@ def _occlude(image: Tensor, segments: Tensor, xy: Tensor, uniform, look: Look) -
     for i in range(_OCCLUDERS):
         centre, axes = uniform(-0.8, 0.8, 2), uniform(0.1, 0.28, 2)
         own = _turned(xy - centre[:, None, None], uniform(0, math.pi)) / axes[:, None, None]
-        inside = (own.square().sum(-1) < 1) & (uniform(0, 1) < look.occluders)[:, None, None]
+        inside = (own[..., 0].square() + own[..., 1].square() < 1) & (uniform(0, 1) < look.occluders)[:, None, None]
         image = torch.where(inside[:, None], uniform(0.1, 0.9, 3)[:, :, None, None], image)
         segments = torch.where(inside, _OBJECT + 1 + i, segments)
     return image, segments
