@@ -61,7 +61,7 @@ class Trained:
     seconds: float
 
 
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 
 
 def train(
@@ -154,7 +154,7 @@ def class_averaged_accuracy(predicted: Tensor, target: Tensor) -> float:
     return float((right[counts > 0] / counts[counts > 0]).mean())
 
 
-def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[None]:
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast of ``device``, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 

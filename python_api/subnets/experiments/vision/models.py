@@ -56,6 +56,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -70,7 +72,7 @@ def build(shape: NetworkShape, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _network(shape)
-    return Classifier(network.to(memory_format=torch.channels_last)).eval()
+    return Classifier(network).to(memory_format=torch.channels_last).eval()  # pyright: ignore
 
 
 def _network(shape: NetworkShape) -> nn.Module:
@@ -102,7 +104,7 @@ def load_pretrained(model: Classifier, folder: Path) -> None:
     network = model.network
     try:
         loaded = type(network).from_pretrained(  # pyright: ignore
-            folder, local_files_only=True, use_safetensors=True, num_labels=network.config.num_labels,
+            folder, local_files_only=True, use_safetensors=True, num_labels=network.config.num_labels,  # pyright: ignore
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:

@@ -82,7 +82,11 @@ def decisions(predicted: Tensor, conflict: ImageSet) -> dict[str, float]:
     differ = conflict.shape != conflict.texture
     by_shape = (predicted == conflict.shape)[differ].float().mean().item()
     by_texture = (predicted == conflict.texture)[differ].float().mean().item()
-    bias = shape_bias(predicted, conflict.shape, conflict.texture) if by_shape + by_texture > 0 else float("nan")
+    bias = (
+        shape_bias(predicted.tolist(), conflict.shape.tolist(), conflict.texture.tolist())
+        if by_shape + by_texture > 0
+        else float("nan")
+    )
     return {"shape_decisions": by_shape, "texture_decisions": by_texture, "shape_bias": bias}
 
 
