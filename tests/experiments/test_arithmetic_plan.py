@@ -19,8 +19,9 @@ from subnets.experiments.arithmetic.plan import (
     transfer_stacks,
 )
 from subnets.experiments.arithmetic.stages import base_stages, discovery_config, replicates, s1_batches
-from subnets.experiments.arithmetic.timing import StageTime, duration, estimate, seconds_left
+from subnets.experiments.arithmetic.timing import StageTime, estimate, seconds_left
 from subnets.experiments.arithmetic.transfers import build_members
+from subnets.report.page import duration
 from subnets.subnet import Subnet
 
 

@@ -7,8 +7,6 @@ from subnets.experiments.arithmetic.comparison import difference_table, publishe
 from subnets.experiments.arithmetic.config import PRESETS, ArithmeticConfig, make_config
 from subnets.experiments.arithmetic.report import accuracy_table, samples_table, write_report
 from subnets.experiments.arithmetic.results import (
-    OVER_REPLICATES,
-    OVER_TRANSFER,
     DepthResults,
     beats,
     failure_signatures,
@@ -18,6 +16,8 @@ from subnets.experiments.arithmetic.results import (
 )
 from subnets.experiments.arithmetic.timing import StageTime
 from subnets.report.curves import (
+    OVER_REPLICATES,
+    OVER_TRANSFER,
     Difference,
     Spread,
     data_reduction,

@@ -1,4 +1,4 @@
-"""Numbers read off curves of accuracy against the number of samples."""
+"""Spreads over seeds, and numbers read off curves of accuracy against the number of samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+# The two kinds of spread: over transfer seeds on the first base network and its mask (the published error bars), and
+# over replicates, each with a base network, a mask and a transfer seed of its own.
+OVER_TRANSFER, OVER_REPLICATES = "transfer seeds, one base network and mask", "base networks, masks and transfer seeds"
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,25 @@ class Spread:
             raise ValueError("Spread.of: values must hold at least one number, got none")
         return cls(statistics.fmean(values), statistics.pstdev(values), min(values), max(values), len(values))
 
+    def is_above(self, other: Spread) -> bool:
+        """Is this mean above the other's by more than the larger of both standard deviations?"""
+        return self.mean - other.mean > max(self.std, other.std)
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.std:.3f}" if self.count > 1 else f"{self.mean:.3f}"
+
+
+def values_of_kind(runs: Mapping[tuple[int, int], float], kind: str) -> list[float]:
+    """The values of the runs, (base seed, transfer seed) -> value, that a spread of one kind is made of."""
+    return [value for (base, seed), value in runs.items() if base == (0 if kind == OVER_TRANSFER else seed)]
+
+
+def format_cell(spread: Spread | None, most: int) -> str:
+    """The spread as a table shows it, with its count in brackets where other cells of the row have more runs ("[k]: of
+    k so far"); "-" where there is none."""
+    if spread is None:
+        return "-"
+    return str(spread) if spread.count == most else f"{spread} [{spread.count}]"
 
 
 def samples_to_reach(curve: Mapping[int, float], accuracy: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Tables as text and HTML, and a page that is one file: images are embedded."""
+"""Tables as text and HTML, times in words, and a page that is one file: images are embedded."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ def page(title: str, parts: Sequence[str]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
     )
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "2 h 10 min", "3 d 4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -5,7 +5,6 @@ Groups of one seed have no spread and share everything with themselves: three se
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from subnets.discovery import Discoveries
+from subnets.report.drawing import new_figure, save_figure
 from subnets.report.page import Table, image
-from subnets.training.files import write_bytes
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_NUMBERED = 12  # members up to which an IoU matrix has its numbers written in
@@ -134,7 +132,7 @@ def stability_parts(found: Discoveries, figures: Path) -> list[str]:
     }  # fmt: skip
     parts = [path_table(found).html(), agreement_table(found).html()]
     for name, (figure, caption) in drawn.items():
-        parts.append(image(_save(figure, figures / f"{name}.png"), caption))
+        parts.append(image(save_figure(figure, figures / f"{name}.png"), caption))
     return [*parts, layer_table(found, *middle).html()]
 
 
@@ -142,7 +140,7 @@ def stability_parts(found: Discoveries, figures: Path) -> list[str]:
 
 
 def _path_figure(found: Discoveries) -> Figure:
-    figure, (axes,) = _new_figure(1, 6.4, 4.2)
+    figure, (axes,) = new_figure(size=(6.4, 4.2))
     for score_init in found.score_inits:
         points = found.curve(score_init)
         has_score = all(point["score"] is not None for point in points)
@@ -166,7 +164,7 @@ def _path_figure(found: Discoveries) -> Figure:
 
 def _histogram(found: Discoveries) -> Figure:
     groups = list(itertools.product(sorted(found.penalties), found.score_inits))
-    figure, all_axes = _new_figure(len(groups), 3.2, 3.2)
+    figure, all_axes = new_figure(len(groups), size=(3.2 * len(groups), 3.2))
     for axes, group in zip(all_axes, groups, strict=True):
         observed, expected = keep_counts(found, *group)
         places = torch.arange(len(observed)).double()
@@ -184,7 +182,8 @@ def _histogram(found: Discoveries) -> Figure:
 def _keep_maps(found: Discoveries, lam: float, score_init: float) -> Figure:
     frequencies = list(found.keep_frequency(lam, score_init).items())[:MOST_MAPS]
     columns = min(len(frequencies), 4)
-    figure, all_axes = _new_figure(columns, 2.6, 2.2, rows=-(-len(frequencies) // columns))
+    rows = -(-len(frequencies) // columns)
+    figure, all_axes = new_figure(columns, rows, (2.6 * columns, 2.2 * rows))
     for axes in all_axes:
         axes.set_axis_off()
     for axes, (name, frequency) in zip(all_axes, frequencies, strict=False):
@@ -195,7 +194,7 @@ def _keep_maps(found: Discoveries, lam: float, score_init: float) -> Figure:
 
 def _iou_figure(found: Discoveries) -> Figure:
     side = min(3.0 + 0.3 * len(found), 8.0)
-    figure, (left, right) = _new_figure(2, side, side)
+    figure, (left, right) = new_figure(2, size=(2 * side, side))
     order = sorted(range(len(found)), key=lambda i: [found[i].settings[n] for n in ("score_init", "lam", "seed")])
     labels = [_label(found, found[i].settings) for i in order]
     for axes, full, title in ((left, found.iou(), "found"), (right, found.expected_iou(), "random, same sizes")):
@@ -210,22 +209,6 @@ def _iou_figure(found: Discoveries) -> Figure:
                 color = "black" if value > 0.6 else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
     return figure
-
-
-def _new_figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None}, bbox_inches="tight")
-    write_bytes(path, stream.getvalue())
-    return path
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subnets.experiments.arithmetic.comparison import depths_with, mean_over_depths, published_mean
 from subnets.experiments.arithmetic.results import (
-    OVER_TRANSFER,
     Curve,
     DepthResults,
     density_per_layer,
     published_curve,
     published_spread,
 )
-from subnets.report.curves import Spread
-from subnets.training.files import write_bytes
+from subnets.report.curves import OVER_TRANSFER, Spread
+from subnets.report.drawing import COLORS, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {
-    "subnet": "#0072b2",
-    "subnet_trainable": "#56b4e9",
-    "full_model": "#009e73",
-    "sampled": "#e69f00",
-    "sampled_complement": "#d55e00",
-    "sampled_as_published": "#cc79a7",
-    "sampled_complement_as_published": "#8e5ea2",
-    "random_init": "#666666",
-}
 SAMPLED_READING = "sampled: |S| weights planted; ..._as_published: N - |S| planted"
 
 
@@ -51,7 +39,7 @@ def draw_all(results: Sequence[DepthResults], inherit: str, folder: Path) -> dic
             caption = f"Training on T2 at the largest n. {title}. {SAMPLED_READING}."
             figures["training"] = (_training_figure, caption)
         drawn[depth.layers] = {
-            caption: _save(draw(depth, title), folder / f"layers{depth.layers}_{name}")
+            caption: save_figure(draw(depth, title), folder / f"layers{depth.layers}_{name}.png", also=["svg"])
             for name, (draw, caption) in figures.items()
         }
     return drawn
@@ -77,7 +65,7 @@ def draw_published(results: Sequence[DepthResults], inherit: str, folder: Path) 
     if len(shown) < 2:
         return None
     columns = 3
-    figure, panels = _new_figure(columns, -(-(len(shown) + 1) // columns))
+    figure, panels = new_figure(columns, -(-(len(shown) + 1) // columns))
     for axes in panels[len(shown) + 1 :]:
         axes.set_axis_off()
     for axes, depth in zip(panels[1:], shown, strict=False):
@@ -110,29 +98,11 @@ def draw_published(results: Sequence[DepthResults], inherit: str, folder: Path) 
         f"inherit={inherit!r}; {SAMPLED_READING}. {bars_line(shown[0])} The mean over depths holds the sizes that all "
         "of them have; published: mean of the same depths' curves."
     )
-    return caption, _save(figure, folder / "published")
-
-
-def _new_figure(columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2 if columns == 1 else 10.5, 4.4 if rows == 1 else 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _save(figure: Figure, stem: Path) -> Path:
-    for suffix in ("png", "svg"):
-        stream = io.BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
-        write_bytes(stem.with_suffix(f".{suffix}"), stream.getvalue())
-    return stem.with_suffix(".png")
+    return caption, save_figure(figure, folder / "published.png", also=["svg"])
 
 
 def _accuracy_figure(depth: DepthResults, title: str) -> Figure:
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     for condition in depth.conditions():
         _draw_ours(axes, depth, condition)
         _draw_published(axes, published_curve(depth.layers, condition), condition)
@@ -183,7 +153,7 @@ def _draw_published(axes: Axes, curve: Curve, condition: str, spreads: Mapping[i
 
 
 def _discovery_figure(depth: DepthResults, title: str) -> Figure:
-    figure, (left, right) = _new_figure(2)
+    figure, (left, right) = new_figure(2)
     keys = (("score", "S1 accuracy, hard mask"), ("density", "density"), ("undecided", "undecided share"))
     for i, discovery in enumerate(depth.discoveries.values()):
         history = [row for row in discovery["history"] if row.get("score") is not None]
@@ -205,7 +175,7 @@ def _discovery_figure(depth: DepthResults, title: str) -> Figure:
 
 
 def _training_figure(depth: DepthResults, title: str) -> Figure:
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     largest = max(depth.sizes())
     runs_are = "transfer seed" if depth.base_seeds == 1 else "run"
     for condition in depth.conditions():

@@ -12,19 +12,25 @@ from subnets.experiments.arithmetic.figures import SAMPLED_READING, draw_all, dr
 from subnets.experiments.arithmetic.plan import cost
 from subnets.experiments.arithmetic.results import (
     ALWAYS_ZERO,
-    OVER_REPLICATES,
-    OVER_TRANSFER,
     DepthResults,
     beats,
     density_per_layer,
     failure_signatures,
     published_curve,
-    shown_spread,
     verdict,
 )
-from subnets.experiments.arithmetic.timing import Times, duration, estimate, seconds_left, seconds_per_unit
-from subnets.report.curves import Spread, data_reduction, format_reduction, format_samples, samples_to_reach
-from subnets.report.page import Table, image, page, paragraph
+from subnets.experiments.arithmetic.timing import Times, estimate, seconds_left, seconds_per_unit
+from subnets.report.curves import (
+    OVER_REPLICATES,
+    OVER_TRANSFER,
+    Spread,
+    data_reduction,
+    format_cell,
+    format_reduction,
+    format_samples,
+    samples_to_reach,
+)
+from subnets.report.page import Table, duration, image, page, paragraph
 from subnets.training.files import write_text
 
 TARGETS = (0.8, 0.9, 0.95)
@@ -50,7 +56,7 @@ def accuracy_table(depth: DepthResults, inherit: str) -> Table:
             elif not any(s and s.count > 1 for s in spreads):
                 continue
             most = max((s.count for s in spreads if s), default=0)
-            rows.append([label, *[_cell(s, most) for s in spreads]])
+            rows.append([label, *[format_cell(s, most) for s in spreads]])
         published = published_curve(depth.layers, condition)
         if published:
             rows.append(["  published", *[f"{published[n]:.3f}" if n in published else "-" for n in sizes]])
@@ -62,13 +68,6 @@ def accuracy_table(depth: DepthResults, inherit: str) -> Table:
     if any("[" in cell for row in rows for cell in row):
         title += "; [k]: of k so far"
     return Table(title, ["condition", *[f"n={size}" for size in sizes]], rows)
-
-
-def _cell(spread: Spread | None, most: int) -> str:
-    """The spread as text; with its count where other cells of the row have more runs."""
-    if spread is None:
-        return "-"
-    return str(spread) if spread.count == most else f"{spread} [{spread.count}]"
 
 
 def samples_table(depth: DepthResults) -> Table:
@@ -113,8 +112,8 @@ def subtask_table(depth: DepthResults) -> Table:
     rows = []
     for name in found[0]["table"]:
         values = [one["table"][name] for one in found if name in one["table"]]  # dense ones: no complement sample
-        rows.append([name, *[shown_spread([value[task] for value in values]) for task in ("S1", "T1")]])
-    density = shown_spread([one["density"] for one in found])
+        rows.append([name, *[str(Spread.of([value[task] for value in values])) for task in ("S1", "T1")]])
+    density = Spread.of([one["density"] for one in found])
     return Table(
         f"Inside the T1 network, {depth.layers} layers (density {density}; always 0 scores {ALWAYS_ZERO})",
         ["weights kept", "S1: ab", "T1: a + ab"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from subnets.experiments.arithmetic.config import CONDITIONS
-from subnets.report.curves import Spread
+from subnets.report.curves import OVER_REPLICATES, OVER_TRANSFER, Spread, values_of_kind
 
 Curve = dict[int, float]
 
@@ -21,10 +21,6 @@ COMPLEMENT_GOOD = 0.5  # above this the complement still does
 
 
 Runs = dict[tuple[str, int], dict[tuple[int, int], float]]  # (condition, n) -> (base seed, transfer seed) -> accuracy
-
-# The two kinds of spread: over transfer seeds on the first base network and its mask (the published error bars), and
-# over replicates, each with a base network, a mask and a transfer seed of its own.
-OVER_TRANSFER, OVER_REPLICATES = "transfer seeds, one base network and mask", "base networks, masks and transfer seeds"
 
 
 @dataclass
@@ -56,8 +52,7 @@ class DepthResults:
     def spread(self, condition: str, size: int, kind: str | None = None) -> Spread | None:
         """Mean and spread of one kind, `self.kind` by default; None where there are no such runs."""
         kind = kind or self.kind
-        found = self.runs.get((condition, size), {})
-        values = [value for (base, seed), value in found.items() if base == (0 if kind == OVER_TRANSFER else seed)]
+        values = values_of_kind(self.runs.get((condition, size), {}), kind)
         return Spread.of(values) if values else None
 
     def curve(self, condition: str, kind: str | None = None) -> Curve:
@@ -147,7 +142,7 @@ def beats(results: DepthResults, baseline: str, size: int) -> bool | None:
     ours, theirs = results.spread("subnet", size), results.spread(baseline, size)
     if ours is None or theirs is None or (results.base_seeds > 1 and min(ours.count, theirs.count) < 2):
         return None
-    return ours.mean - theirs.mean > max(ours.std, theirs.std)
+    return ours.is_above(theirs)
 
 
 def verdict(results: DepthResults) -> str:
@@ -159,7 +154,7 @@ def verdict(results: DepthResults) -> str:
     if not results.discoveries:
         return name + "nothing to judge yet."
     tables = [discovery["table"] for discovery in results.discoveries.values()]
-    subnet, complement = (shown_spread([table[row]["S1"] for table in tables]) for row in ("subnet", "complement"))
+    subnet, complement = (Spread.of([table[row]["S1"] for table in tables]) for row in ("subnet", "complement"))
     above = [size for size in results.sizes() if beats(results, "random_init", size)]
     against = f", and it beats random_init by more than the spread at n = {', '.join(map(str, above))}" if above else ""
     return (
@@ -172,10 +167,3 @@ def density_per_layer(results: DepthResults) -> dict[str, float]:
     """The fraction of weights kept in each masked matrix, mean over the base networks' subnets."""
     each = [discovery["density_per_layer"] for discovery in results.discoveries.values()]
     return {name: Spread.of([one[name] for one in each]).mean for name in each[0]}
-
-
-def shown_spread(values: Sequence[float], digits: int = 3) -> str:
-    """ "0.994", or "0.994 ± 0.003" of several values."""
-    spread = Spread.of(values)
-    more = f" ± {spread.std:.{digits}f}" if spread.count > 1 else ""
-    return f"{spread.mean:.{digits}f}{more}"

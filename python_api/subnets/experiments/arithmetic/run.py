@@ -11,8 +11,9 @@ from subnets.experiments.arithmetic.plan import all_runs, cost, num_steps, on_th
 from subnets.experiments.arithmetic.report import write_report
 from subnets.experiments.arithmetic.results import DepthResults, group_runs
 from subnets.experiments.arithmetic.stages import base_stages, discovery_stage, replicates
-from subnets.experiments.arithmetic.timing import StageTime, Times, duration, seconds_left
+from subnets.experiments.arithmetic.timing import StageTime, Times, seconds_left
 from subnets.experiments.arithmetic.transfers import stack_path, transfer_stage
+from subnets.report.page import duration
 from subnets.training.files import read_json, write_csv
 from subnets.training.run_folder import open_run_folder, read_config
 

@@ -61,14 +61,3 @@ def _total(times: Times, layers: int, cost: Mapping[int, float], units: Sequence
             return None
         total += (rate or 0.0) * count
     return total
-
-
-def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "2 h 10 min", "3 d 4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

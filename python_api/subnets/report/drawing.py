@@ -1,0 +1,49 @@
+"""What every report's figures share: an empty figure, its files, and one colour per transfer condition."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subnets.training.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {
+    "subnet": "#0072b2",
+    "subnet_trainable": "#56b4e9",
+    "full_model": "#009e73",
+    "sampled": "#e69f00",
+    "sampled_complement": "#d55e00",
+    "sampled_as_published": "#cc79a7",
+    "sampled_complement_as_published": "#8e5ea2",
+    "random_init": "#666666",
+    "pretrained": "#332288",
+    "augmentation": "#a05a2c",
+}
+
+
+def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, list[Axes]]:
+    """An empty figure for files, without a window, and its axes row by row; `size` is its width and height in inches
+    (None: as wide as the report's page)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = size or (7.2 if columns == 1 else 10.5, 4.4 if rows == 1 else 3.4 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save_figure(figure: Figure, path: Path, also: Sequence[str] = ()) -> Path:
+    """Writes the figure as PNG to `path`, and beside it in each of the formats `also` ("svg"); returns `path`."""
+    for suffix in ("png", *also):
+        stream = io.BytesIO()
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
+        write_bytes(path.with_suffix(f".{suffix}"), stream.getvalue())
+    return path
