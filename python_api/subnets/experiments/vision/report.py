@@ -1,7 +1,399 @@
-def write_report(results, config, folder, images, filters):
-    out = []
-    for r in results.rows:
-        out.append(
-            f"{r['condition']:14s} n={r['num_images']} seed={r['seed']} nat={r['natural']:.3f} pooled={r['mean_pooled']:.3f} bias={r['shape_bias']:.3f} {r['seconds']:.0f}s {r['images_per_second']}"
+"""The vision report: verdict first, then tables and figures, as a page and as a short text for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from subnets.experiments.vision.conditions import MEANING
+from subnets.experiments.vision.config import VisionConfig
+from subnets.experiments.vision.figures import draw_conditions, draw_density, draw_filters, draw_sheet, draw_sizes
+from subnets.experiments.vision.images import ImageSet
+from subnets.experiments.vision.results import (
+    CHANCE,
+    LEAST_RUNS,
+    MEASURE_TITLES,
+    PUBLISHED_ACCURACY,
+    PUBLISHED_GAIN,
+    PUBLISHED_SHAPE_BIAS,
+    VisionResults,
+    failure_signatures,
+    is_shown,
+    spread_of,
+    stages,
+    verdict,
+)
+from subnets.report.curves import OVER_TRANSFER, data_reduction, format_cell, format_reduction, samples_to_reach
+from subnets.report.page import Table, duration, image, page, paragraph
+from subnets.training.files import write_text
+
+TARGETS = (0.3, 0.5, 0.7, 0.8, 0.9)
+NETWORKS = {"resnet18": "ResNet-18", "vit": "ViT"}
+TWO_SOURCES = (
+    f"The paper's summary gives +{PUBLISHED_GAIN:.1%} accuracy on mean-pooled ImageNet for ResNet-18. Its training "
+    "curves, the source of the table, end at .507 against .250: 25.7 points. The two published figures differ, and we "
+    "know of no published explanation; ours stand beside the curves."
+)
+SHAPE_BIAS_SOURCE = (
+    "Shape bias of people and of published networks: Geirhos et al., ICLR 2019, photographs of 16 classes painted in "
+    "the style of others' textures."
+)
+_RECIPE = (  # keys whose default in VisionConfig is the paper's value
+    "inherit", "norms", "fresh_scale", "discovery_epochs", "discovery_batch", "discovery_lr", "lam", "score_init",
+    "beta_end", "transfer_epochs", "transfer_batch", "transfer_lr", "transfer_optimizer", "transfer_decay",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def condition_table(results: VisionResults, size: int, config: VisionConfig) -> Table:
+    """Mean and spread of every measure by condition, trained on `size` images."""
+    rows, kinds = [], [results.kind] + ([] if results.kind == OVER_TRANSFER else [OVER_TRANSFER])
+    found = {
+        (condition, kind): [results.spread(condition, size, measure, kind) for measure in MEASURE_TITLES]
+        for condition in results.conditions()
+        for kind in kinds
+    }
+    most = {
+        kind: max((s.count for (_, k), cells in found.items() if k == kind for s in cells if s), default=0)
+        for kind in kinds
+    }
+    for (condition, kind), spreads in found.items():
+        if kind == results.kind or most[kind] > 1:
+            label = condition if kind == results.kind else "  over transfer seeds"
+            rows.append([label, *[format_cell(s, most[kind]) for s in spreads]])
+    title = (
+        f"Trained on {size:,} natural images, {_setting(config)}: mean ± std over {most[results.kind]} {results.kind}"
+    )
+    if any("[" in cell for row in rows for cell in row):
+        title += "; [k]: of k runs that have the number so far"
+    return Table(title, ["condition", *MEASURE_TITLES.values()], rows)
+
+
+def samples_table(results: VisionResults, measure: str) -> Table:
+    """Natural training images needed for each of TARGETS."""
+    rows = []
+    for condition in results.conditions():
+        curve = results.curve(condition, measure)
+        if curve:
+            rows.append([condition, *[_samples(curve, target) for target in TARGETS]])
+    title = f"Natural training images needed, {MEASURE_TITLES[measure]} (linear in log n between the sizes)"
+    return Table(title, ["condition", *[f"{target:.0%}" for target in TARGETS]], rows)
+
+
+def reduction_table(results: VisionResults, measure: str) -> Table:
+    """How many times fewer natural training images the subnet needs than each baseline, at an equal measure."""
+    ours = results.curve("subnet", measure)
+    rows = []
+    for baseline in results.conditions():
+        theirs = results.curve(baseline, measure)
+        if baseline != "subnet" and ours and theirs:
+            rows.append([baseline, *[_reduction(ours, theirs, target) for target in TARGETS]])
+    title = f"Data reduction of subnet at equal {MEASURE_TITLES[measure]} ('>': one of both lies outside the sizes)"
+    return Table(title, ["baseline", *[f"at {target:.0%}" for target in TARGETS]], rows)
+
+
+def _samples(curve: Mapping[int, float], target: float) -> str:
+    samples = samples_to_reach(curve, target)
+    if samples is None:
+        return "not reached"
+    return f"{samples:,.0f}" if samples > min(curve) else f"<= {samples:,.0f}"
+
+
+def _reduction(ours: Mapping[int, float], theirs: Mapping[int, float], target: float) -> str:
+    """The ratio as text; "-" also where the baseline is there at its smallest size: its need is unknown."""
+    found, needed = data_reduction(ours, theirs, target), samples_to_reach(theirs, target)
+    if found is None or (needed is not None and needed <= min(theirs)):
+        return "-"
+    is_bound = samples_to_reach(ours, target) == min(ours)
+    return format_reduction((found[0], found[1] and not is_bound))
+
+
+def subnet_table(results: VisionResults) -> Table:
+    """The measures of the subnet inside its base network, of its complement, size-matched samples and the network."""
+    found = list(results.discoveries.values())
+    rows = []
+    for name in found[0]["table"]:
+        values = [one["table"][name] for one in found if name in one["table"]]
+        spreads = [spread_of([value.get(measure) for value in values]) for measure in MEASURE_TITLES]
+        rows.append([name, *[format_cell(spread, len(values)) for spread in spreads]])
+    density = spread_of([one["density"] for one in found])
+    title = f"Inside the base network, of which there are {len(found)} (density of the subnet {density})"
+    return Table(title, ["weights kept", *MEASURE_TITLES.values()], rows)
+
+
+def base_table(results: VisionResults) -> Table:
+    """Every base network and the density of its subnet."""
+    rows = []
+    for r, base in sorted(results.bases.items()):
+        density = spread_of([results.discoveries[r]["density"]]) if r in results.discoveries else None
+        cells = [format_cell(spread_of([base.get(measure)]), 1) for measure in MEASURE_TITLES]
+        rows.append([str(r), *cells, format_cell(density, 1)])
+    return Table("Base networks", ["base seed", *MEASURE_TITLES.values(), "density of its subnet"], rows)
+
+
+def density_table(results: VisionResults) -> Table:
+    """The fraction of weights that the subnet keeps of each layer, with the layer's stage."""
+    each = [discovery["density_per_layer"] for discovery in results.discoveries.values()]
+    rows = [
+        [name, stage, format_cell(spread_of([one[name] for one in each]), len(each))]
+        for stage, names in stages(each[0]).items()
+        for name in names
+    ]
+    return Table("Density by layer", ["weight", "stage", "density"], rows)
+
+
+def published_table(results: VisionResults) -> Table:
+    """The published accuracies and their gaps beside ours at the largest size."""
+    size = max(results.sizes(), default=0)
+    architecture = results.rows[0]["architecture"] if results.rows else None
+
+    def ours(name: str, condition: str, measure: str) -> float | None:
+        spread = results.spread(condition, size, measure) if name == architecture else None
+        return spread.mean if spread else None
+
+    rows = []
+    for name in NETWORKS:
+        values: dict[str, list[float | None]] = {}
+        for condition in ("subnet", "random_init"):
+            natural, pooled = PUBLISHED_ACCURACY[name, condition]
+            values[condition] = [
+                ours(name, condition, "natural"),
+                natural,
+                ours(name, condition, "mean_pooled"),
+                pooled,
+            ]
+            rows.append([f"{NETWORKS[name]}, {condition}", *[_number(value) for value in values[condition]]])
+        gaps = [
+            None if a is None or b is None else a - b
+            for a, b in zip(values["subnet"], values["random_init"], strict=True)
+        ]
+        rows.append([f"{NETWORKS[name]}, difference", *[_number(gap, "+.3f") for gap in gaps]])
+    title = f"Accuracy, ours (n = {size:,}) and published (training curves on 1,549 images; chance {CHANCE:.4f})"
+    return Table(title, ["", "natural, ours", "published", "mean-pooled, ours", "published"], rows)
+
+
+def shape_bias_table(results: VisionResults) -> Table:
+    """Shape bias of our conditions at the largest size, of people and of published networks, the largest first."""
+    size = max(results.sizes(), default=0)
+    found = [(value, f"{value:.3f}", name, "published") for name, value in PUBLISHED_SHAPE_BIAS.items()]
+    for condition in results.conditions():
+        spread = results.spread(condition, size, "shape_bias")
+        if spread:
+            found.append((spread.mean, str(spread), condition, f"ours, n = {size:,}"))
+    rows = [[name, shown, source] for _, shown, name, source in sorted(found, reverse=True)]
+    return Table("Shape bias: people, published networks and ours", ["who", "shape bias", "source"], rows)
+
+
+def real_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Networks on real cue-conflict images, with people and published networks beneath."""
+    measures = ("shape_bias", "shape_decisions", "texture_decisions", "shape_accuracy")
+    lines = []
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        own = [row for row in rows if row["condition"] == condition]
+        spreads = [spread_of([row[measure] for row in own]) for measure in measures]
+        counts = "/".join(str(count) for count in sorted({row["num_images"] for row in own}))
+        lines.append([condition, *[format_cell(spread, len(own)) for spread in spreads], counts, str(len(own))])
+    for name, value in PUBLISHED_SHAPE_BIAS.items():
+        lines.append([f"{name}, published", f"{value:.3f}", "-", "-", "-", "1200", "-"])
+    title = "Real cue-conflict images (mean ± std over networks; [k]: of k networks that decide at all)"
+    head = ["who", "shape bias", "shape decisions", "texture decisions", "accuracy for shape", "images", "networks"]
+    return Table(title, head, lines)
+
+
+def time_table(results: VisionResults) -> Table:
+    """What each stage took, and the images per second of training."""
+
+    def speed(rows: Sequence[Mapping[str, Any]]) -> str:
+        spread = spread_of([row.get("images_per_second") for row in rows])
+        return f"{spread.mean:,.0f}" if spread else "-"
+
+    stage_rows = {
+        "base": list(results.bases.values()),
+        "discovery": list(results.discoveries.values()),
+        "transfer": list(results.rows),
+    }
+    rows = [
+        [stage, str(len(done)), duration(results.seconds.get(stage, 0.0)), speed(done)]
+        for stage, done in stage_rows.items()
+    ]
+    for condition in results.conditions():
+        own = [row for row in results.rows if row["condition"] == condition]
+        rows.append([f"  {condition}", str(len(own)), "", speed(own)])
+    return Table("Time", ["stage", "networks done", "time", "images per second"], rows)
+
+
+def recipe_table(config: VisionConfig) -> Table:
+    """Where our images, networks and recipe are the paper's and where not."""
+    is_generated = config.images is None
+    natural = f"{config.base_images:,}" if is_generated else "all of the folder's"
+    pooled = f"{config.discovery_images:,}" if is_generated else f"at most {config.most_per_class:,} per class"
+    sizes = ", ".join(f"{n:,}" for n in config.sizes) or "all there are"
+    base = "a checkpoint with a new head" if config.base_model else f"trained here, {config.base_epochs} epochs"
+    rows = [
+        ["images", "generated scenes" if is_generated else "photographs of `images`", "photographs, ImageNet"],
+        ["image size", f"{config.image_size} px", "224 px"],
+        ["network", f"{NETWORKS[config.architecture]}, width {config.width}", "ResNet-18, width 64; ViT-B/16, 768"],
+        ["base network", f"{base}, {natural} images", "an ImageNet classifier, its head adapted to 16 classes"],
+        ["mean-pooled images for discovery", pooled, "13,929"],
+        ["segments", "the generator's own" if is_generated else "SAM masks" if config.masks else "scikit-image", "SAM"],
+        ["natural images for transfer", sizes, "all of the 16 classes"],
+        ["runs", f"{config.base_seeds} base networks, {config.transfer_seeds} transfer seeds on the first", "-"],
+    ]  # fmt: skip
+    paper = {knob.name: knob.default for knob in dataclasses.fields(config) if knob.name in _RECIPE}
+    if config.architecture == "vit":
+        paper["transfer_epochs"] = 40
+    rows += [[name, str(getattr(config, name)), str(paper[name])] for name in _RECIPE]
+    return Table(f"What differs: preset {config.preset} and the paper", ["", "ours", "the paper"], rows)
+
+
+# --------------------------------------------------------------------------- sentences
+
+
+def comparison_lines(results: VisionResults) -> list[str]:
+    """Per measure, at which sizes the subnet is above each condition by more than the spread."""
+    lines = []
+    for measure in ("shape_bias", "natural", "mean_pooled"):
+        parts = []
+        for baseline in results.conditions():
+            judged = {n: results.beats("subnet", baseline, n, measure) for n in results.sizes()}
+            known = {n: above for n, above in judged.items() if above is not None}
+            if baseline == "subnet" or not known:
+                continue
+            above = [f"{n:,}" for n, is_above in known.items() if is_above]
+            parts.append(f"{baseline} at {'n = ' + ', '.join(above) if above else 'no n'}")
+        if parts:
+            title = MEASURE_TITLES[measure].capitalize()
+            lines.append(f"{title}: by more than the larger std, subnet is above {'; '.join(parts)}.")
+    return lines or [f"No two conditions have {LEAST_RUNS} runs each yet, so none are compared."]
+
+
+def not_comparable(config: VisionConfig) -> str:
+    """What the published numbers beside ours can and can't say."""
+    if config.images is not None:
+        return (
+            "Our images are photographs too, yet segments, training and evaluation images need not be the published "
+            "ones (see the table): differences between conditions can be compared, single values with care."
         )
-    return "\n".join(out + [str(results.seconds)])
+    return (
+        f"Our images are generated ones of {config.image_size} px, whose classes show in outline and texture alone, "
+        "and our networks have seen nothing else. The published numbers are those of people and of networks trained "
+        "on photographs. Compare the sign and the size of differences between conditions, not single values."
+    )
+
+
+def _setting(config: VisionConfig) -> str:
+    return f"inherit={config.inherit!r}, norms={config.norms!r}"
+
+
+def time_line(results: VisionResults) -> str:
+    """All stages' times in one line."""
+    parts = [f"{stage} {duration(seconds)}" for stage, seconds in results.seconds.items()]
+    return f"Time: {duration(sum(results.seconds.values()))} ({', '.join(parts)})."
+
+
+# -------------------------------------------------------------------------------- page
+
+
+def write_report(
+    results: VisionResults, config: VisionConfig, folder: Path, images: Mapping[str, ImageSet],
+    filters: tuple[Tensor, Tensor] | None,
+) -> str:  # fmt: skip
+    """Writes figures and `report.html` into the run folder; returns the text for the terminal.
+
+    Args:
+        results: what there is of the run.
+        config: its settings.
+        folder: the run folder.
+        images: kind -> images for the sample sheet (its first rows).
+        filters: the first layer's weight in a base network [O, 3, k, k] and its mask, or None.
+    """
+    figures = _draw(results, config, folder / "figures", images, filters)
+    parts = [paragraph(verdict(results), f"verdict {'good' if is_shown(results) else 'bad'}")]
+    parts += [paragraph(line, "verdict bad") for line in _signature_lines(results)]
+    parts += [image(figures[name], caption) for name, caption in _captions(results, config).items() if name in figures]
+    if results.rows:
+        parts += [condition_table(results, size, config).html() for size in reversed(results.sizes())]
+        parts += [paragraph(line) for line in comparison_lines(results)]
+    if len(results.sizes()) > 1:
+        parts += [
+            table(results, measure).html()
+            for measure in ("natural", "mean_pooled")
+            for table in (samples_table, reduction_table)
+        ]
+    if results.discoveries:
+        parts += [subnet_table(results).html()]
+    if results.real:
+        parts += [real_table(results.real).html()]
+    parts += [published_table(results).html(), paragraph(TWO_SOURCES), shape_bias_table(results).html()]
+    parts += [paragraph(SHAPE_BIAS_SOURCE), paragraph(not_comparable(config)), recipe_table(config).html()]
+    meanings = [[name, MEANING[name]] for name in config.conditions]
+    parts.append(Table("What each condition plants", ["condition", "meaning"], meanings).html())
+    if results.bases:
+        parts.append(base_table(results).html())
+    if results.discoveries:
+        parts.append(density_table(results).html())
+    parts += [time_table(results).html(), paragraph(time_line(results))]
+    write_text(folder / "report.html", page(f"Subtask Induction on images: preset {config.preset}", parts))
+    return terminal_text(results, config, folder, figures)
+
+
+def _draw(
+    results: VisionResults, config: VisionConfig, folder: Path, images: Mapping[str, ImageSet],
+    filters: tuple[Tensor, Tensor] | None,
+) -> dict[str, Path]:  # fmt: skip
+    """Every figure that there are results for: name -> PNG."""
+    figures, sizes, title = {}, results.sizes(), _setting(config)
+    if sizes:
+        figures["conditions"] = draw_conditions(results, sizes[-1], title, folder / "conditions.png")
+    if len(sizes) > 1:
+        figures["sizes"] = draw_sizes(results, title, folder / "sizes.png")
+    shown = {kind: one for kind, one in images.items() if len(one)}
+    if shown:
+        figures["images"] = draw_sheet(shown, folder / "images.png")
+    if filters:
+        figures["filters"] = draw_filters(*filters, folder / "filters.png")
+    if results.discoveries:
+        figures["density"] = draw_density(results, folder / "density.png")
+    return figures
+
+
+def _captions(results: VisionResults, config: VisionConfig) -> dict[str, str]:
+    """Name of a figure -> its caption, in the page's order."""
+    setting = f"{_setting(config)}; mean ± population std over {results.kind}"
+    return {
+        "conditions": f"Shape bias and class-averaged accuracy by condition; dots are single runs. {setting}. "
+        "Dashed: chance; on the shape bias people and published networks, who were shown Geirhos et al.'s images.",
+        "sizes": f"Against the number of natural training images. {setting}.",
+        "images": "Images of each kind, with the class of their shape above the class of their texture.",
+        "filters": "First-layer filters of the first base network, and what its subnet keeps; grey is zero.",
+        "density": "Density of the subnet by layer, grouped by the network's stages; dots are base networks.",
+    }
+
+
+def terminal_text(results: VisionResults, config: VisionConfig, folder: Path, figures: Mapping[str, Path]) -> str:
+    """Verdict, the largest size's table, the subnet's own, the time and where the files are."""
+    lines = [verdict(results), *_signature_lines(results)]
+    if results.rows:
+        lines += ["", condition_table(results, results.sizes()[-1], config).text(), *comparison_lines(results)]
+    if results.discoveries:
+        lines += ["", subnet_table(results).text()]
+    if results.real:
+        lines += ["", real_table(results.real).text()]
+    lines += ["", time_table(results).text(), time_line(results), ""]
+    lines += [f"report   {folder / 'report.html'}", f"table    {folder / 'results.csv'}"]
+    lines += [f"figure   {path}" for path in figures.values()]
+    return "\n".join(lines)
+
+
+def _signature_lines(results: VisionResults) -> list[str]:
+    return [f"FAILURE SIGNATURE: {text}." for text in failure_signatures(results)]
+
+
+def _number(value: float | None, format_spec: str = ".3f") -> str:
+    return "-" if value is None else format(value, format_spec)
