@@ -43,3 +43,24 @@ def test_ids_may_come_as_lists_arrays_and_tensors():
 def test_bad_input_is_refused_in_words(predicted, shape, texture, error, words):
     with pytest.raises(error, match=words):
         shape_bias(predicted, shape, texture)
+
+
+def test_ties_of_shape_and_texture_decisions_are_half():
+    assert shape_bias(["cat", "dog"], ["cat", "cat"], ["dog", "dog"]) == 0.5
+    assert shape_bias([1, 2, 2, 1, 9], shape=[1, 1, 2, 2, 1], texture=[2, 2, 1, 1, 2]) == 0.5
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_a_whole_cue_conflict_set_is_judged_by_its_1200_images_whose_cues_differ(kind):
+    """16 classes of shape and 16 of texture, five images of each pair: 80 of 1,280 agree."""
+    names = [f"class {i}" for i in range(16)]
+    shape = [s for s in names for t in names for _ in range(5)]
+    texture = [t for s in names for t in names for _ in range(5)]
+    # of each pair's five images three are decided by shape, one by texture and one by neither
+    third = {(s, t): next(n for n in names if n not in (s, t)) for s in names for t in names}
+    predicted = [(s, s, s, t, third[s, t])[i % 5] for i, (s, t) in enumerate(zip(shape, texture, strict=True))]
+    assert shape_bias(kind(predicted), kind(shape), kind(texture)) == (3 * 240) / (3 * 240 + 240) == 0.75
+    # counting the 80 images whose cues agree, as decided by shape, gives another number
+    decided_by_shape = sum(p == s for p, s in zip(predicted, shape, strict=True))
+    decided_by_texture = sum(p == t != s for p, s, t in zip(predicted, shape, texture, strict=True))
+    assert decided_by_shape / (decided_by_shape + decided_by_texture) == 784 / 1024
