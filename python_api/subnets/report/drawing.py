@@ -1,11 +1,12 @@
-"""What every report's figures share: an empty figure, its files, and one colour per transfer condition."""
+"""What every report's figures share: an empty figure, its files, one colour per transfer condition, discoveries."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from subnets.training.files import write_bytes
 
@@ -47,3 +48,22 @@ def save_figure(figure: Figure, path: Path, also: Sequence[str] = ()) -> Path:
         figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
         write_bytes(path.with_suffix(f".{suffix}"), stream.getvalue())
     return path
+
+
+def draw_history(axes: Axes, histories: Sequence[Sequence[Mapping[str, Any]]], score: str) -> None:
+    """Score, density and undecided share by epoch of discovery, one line per history, the first one in full colour.
+
+    Args:
+        histories: `Discovery.history` of each base network; epochs that were not evaluated are left out.
+        score: what the score is, for the legend.
+    """
+    keys = (("score", score), ("density", "density"), ("undecided", "undecided share"))
+    for i, history in enumerate(histories):
+        evaluated = [row for row in history if row.get("score") is not None]
+        for color, (key, label) in enumerate(keys):
+            epochs, values = [row["epoch"] for row in evaluated], [row.get(key, math.nan) for row in evaluated]
+            axes.plot(epochs, values, color=f"C{color}", alpha=1.0 if i == 0 else 0.5, label=label if i == 0 else None)
+    axes.set_xlabel("epoch of discovery")
+    axes.set_ylim(-0.02, 1.05)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

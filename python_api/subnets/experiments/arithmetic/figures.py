@@ -15,7 +15,7 @@ from subnets.experiments.arithmetic.results import (
     published_spread,
 )
 from subnets.report.curves import OVER_TRANSFER, Spread
-from subnets.report.drawing import COLORS, new_figure, save_figure
+from subnets.report.drawing import COLORS, draw_history, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,16 +154,7 @@ def _draw_published(axes: Axes, curve: Curve, condition: str, spreads: Mapping[i
 
 def _discovery_figure(depth: DepthResults, title: str) -> Figure:
     figure, (left, right) = new_figure(2)
-    keys = (("score", "S1 accuracy, hard mask"), ("density", "density"), ("undecided", "undecided share"))
-    for i, discovery in enumerate(depth.discoveries.values()):
-        history = [row for row in discovery["history"] if row.get("score") is not None]
-        for color, (key, label) in enumerate(keys):
-            epochs, values = [row["epoch"] for row in history], [row.get(key) for row in history]
-            left.plot(epochs, values, color=f"C{color}", alpha=1.0 if i == 0 else 0.5, label=label if i == 0 else None)
-    left.set_xlabel("epoch of discovery")
-    left.set_ylim(-0.02, 1.05)
-    left.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    draw_history(left, [one["history"] for one in depth.discoveries.values()], "S1 accuracy, hard mask")
     left.set_title(title, fontsize=9)
     densities = density_per_layer(depth)
     names = [name.removesuffix(".weight") for name in densities]
