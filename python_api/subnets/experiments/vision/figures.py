@@ -17,7 +17,7 @@ from subnets.experiments.vision.results import (
     spread_of,
     stages,
 )
-from subnets.report.drawing import COLORS, new_figure, save_figure
+from subnets.report.drawing import COLORS, draw_history, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,12 +155,18 @@ def _grid(pictures: Tensor) -> Tensor:
     return rows.reshape(lines * (k + 1), _FILTERS_ACROSS * (k + 1), 3)
 
 
-def draw_density(results: VisionResults, path: Path) -> Path:
-    """The fraction of weights that the subnet keeps in each layer, the layers grouped by the network's stages: bars of
-    means over base networks, single networks as dots."""
+def draw_discovery(results: VisionResults, path: Path) -> Path:
+    """Left: what happened in discovery, epoch by epoch. Right: the fraction of weights that the subnet keeps in each
+    layer, the layers grouped by the network's stages; bars of means over base networks, single networks as dots."""
+    figure, (left, right) = new_figure(2, size=(12, 4.4))
+    draw_history(left, [one["history"] for one in results.discoveries.values()], "mean-pooled accuracy, hard mask")
+    _draw_density(right, results)
+    return save_figure(figure, path, also=["svg"])
+
+
+def _draw_density(axes: Axes, results: VisionResults) -> None:
     each = [discovery["density_per_layer"] for discovery in results.discoveries.values()]
     groups = stages(each[0])
-    figure, (axes,) = new_figure(size=(10.5, 4.4))
     place, ticks, labels = 0.0, [], []
     for index, (stage, names) in enumerate(groups.items()):
         places = [place + i for i in range(len(names))]
@@ -175,7 +181,6 @@ def draw_density(results: VisionResults, path: Path) -> Path:
     axes.set_ylabel("density (fraction of weights kept)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, axis="y")
-    return save_figure(figure, path, also=["svg"])
 
 
 def _mark(axes: Axes, value: float, name: str) -> None:

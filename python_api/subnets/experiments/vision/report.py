@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subnets.experiments.vision.conditions import MEANING
 from subnets.experiments.vision.config import VisionConfig
-from subnets.experiments.vision.figures import draw_conditions, draw_density, draw_filters, draw_sheet, draw_sizes
+from subnets.experiments.vision.figures import draw_conditions, draw_discovery, draw_filters, draw_sheet, draw_sizes
 from subnets.experiments.vision.images import ImageSet
 from subnets.experiments.vision.results import (
     CHANCE,
@@ -359,7 +359,7 @@ def _draw(
     if filters:
         figures["filters"] = draw_filters(*filters, folder / "filters.png")
     if results.discoveries:
-        figures["density"] = draw_density(results, folder / "density.png")
+        figures["discovery"] = draw_discovery(results, folder / "discovery.png")
     return figures
 
 
@@ -372,7 +372,8 @@ def _captions(results: VisionResults, config: VisionConfig) -> dict[str, str]:
         "sizes": f"Against the number of natural training images. {setting}.",
         "images": "Images of each kind, with the class of their shape above the class of their texture.",
         "filters": "First-layer filters of the first base network, and what its subnet keeps; grey is zero.",
-        "density": "Density of the subnet by layer, grouped by the network's stages; dots are base networks.",
+        "discovery": "Discovery on mean-pooled images, and the density of each layer's subnet, layers grouped by the "
+        "network's stages; dots are base networks.",
     }
 
 

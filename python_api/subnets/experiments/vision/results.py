@@ -25,6 +25,7 @@ LEAST_RUNS = 3  # fewer have no spread to judge by
 CHANCE = 1 / 16
 BASE_LEARNED = 0.5  # below this there is no function to find a subnet of
 FEW_DECISIONS = 4 * CHANCE  # guessing decides 2 / 16 of conflict images by one of their cues
+ALL_OR_NOTHING = 0.001  # a subnet with fewer weights, or all but so few, selects nothing
 
 # Geirhos et al., "ImageNet-trained CNNs are biased towards texture" (ICLR 2019), on its 1,200 cue-conflict images
 PUBLISHED_SHAPE_BIAS = {"people": 0.959, "AlexNet": 0.429, "GoogLeNet": 0.312, "ResNet-50": 0.221, "VGG-16": 0.172}
@@ -167,7 +168,8 @@ def verdict(results: VisionResults) -> str:
     labels = {True: "Holds", False: "Does not hold", None: "Can't be judged"}
     texts = {label: "; ".join(c.text for c in found if c.holds is value) for value, label in labels.items()}
     parts = " ".join(f"{label}: {text}." for label, text in texts.items() if text)
-    return f"Trained on {size:,} images, the claim for the shape subnet {word}. {parts}{unfinished}"
+    trained = f"Trained on {size:,} images (mean ± std over {results.kind})"
+    return f"{trained}, the claim for the shape subnet {word}. {parts}{unfinished}"
 
 
 def failure_signatures(results: VisionResults) -> list[str]:
@@ -180,6 +182,10 @@ def failure_signatures(results: VisionResults) -> list[str]:
     for r, discovery in sorted(results.discoveries.items()):
         table = discovery["table"]
         subnet = table["subnet"]
+        if not ALL_OR_NOTHING <= discovery["density"] <= 1 - ALL_OR_NOTHING:
+            found.append(
+                f"the subnet of base network {r} keeps {discovery['density']:.2%} of the weights: it selects nothing"
+            )
         for other, words in (("full_model", "the whole network"), ("complement", "its complement")):
             if other in table and subnet["mean_pooled"] <= table[other]["mean_pooled"]:
                 found.append(
@@ -196,15 +202,18 @@ def failure_signatures(results: VisionResults) -> list[str]:
     judged = [above for above in compared.values() if above is not None]
     if judged and not any(judged):
         found.append("the shape bias of subnet is above random_init's at no number of images, within the spread")
-    for condition in results.conditions():
-        size = results.sizes()[-1]
-        parts = [results.spread(condition, size, measure) for measure in ("shape_decisions", "texture_decisions")]
-        decided = sum(part.mean for part in parts if part)
-        if all(parts) and decided < FEW_DECISIONS:
-            found.append(
-                f"{condition} decides only {decided:.3f} of the cue-conflict images by one of their cues (guessing: "
-                f"{2 * CHANCE}), so its shape bias says little"
-            )
+    size = max(results.sizes(), default=0)
+    decided = {
+        condition: [results.spread(condition, size, measure) for measure in ("shape_decisions", "texture_decisions")]
+        for condition in results.conditions()
+    }
+    sums = {condition: sum(s.mean for s in spreads if s) for condition, spreads in decided.items() if all(spreads)}
+    few = [f"{condition} {value:.3f}" for condition, value in sums.items() if value < FEW_DECISIONS]
+    if few:
+        found.append(
+            f"few cue-conflict images are decided by one of their cues (guessing: {2 * CHANCE}), so these shape biases "
+            f"say little: {', '.join(few)}"
+        )
     return found
 
 
