@@ -35,8 +35,8 @@ TARGETS = (0.3, 0.5, 0.7, 0.8, 0.9)
 NETWORKS = {"resnet18": "ResNet-18", "vit": "ViT"}
 TWO_SOURCES = (
     f"The paper's summary gives +{PUBLISHED_GAIN:.1%} accuracy on mean-pooled ImageNet for ResNet-18. Its training "
-    "curves, the source of the table, end at .507 against .250: 25.7 points. The two published figures differ, and we "
-    "know of no published explanation; ours stand beside the curves."
+    "curves, the source of the table, end at .507 against .250: 25.7 points. The two published figures differ; ours "
+    "stand beside those of the curves."
 )
 SHAPE_BIAS_SOURCE = (
     "Shape bias of people and of published networks: Geirhos et al., ICLR 2019, photographs of 16 classes painted in "
@@ -87,14 +87,15 @@ def samples_table(results: VisionResults, measure: str) -> Table:
 
 
 def reduction_table(results: VisionResults, measure: str) -> Table:
-    """How many times fewer natural training images the subnet needs than each baseline, at an equal measure."""
+    """How many times fewer natural training images the subnet needs than each baseline, at an equal measure; a bound
+    where one of both is there at no size or at the smallest already, not known where that says nothing."""
     ours = results.curve("subnet", measure)
     rows = []
     for baseline in results.conditions():
         theirs = results.curve(baseline, measure)
         if baseline != "subnet" and ours and theirs:
             rows.append([baseline, *[_reduction(ours, theirs, target) for target in TARGETS]])
-    title = f"Data reduction of subnet at equal {MEASURE_TITLES[measure]} ('>': one of both lies outside the sizes)"
+    title = f"Data reduction of subnet at equal {MEASURE_TITLES[measure]} ('>': a bound; '-': not known)"
     return Table(title, ["baseline", *[f"at {target:.0%}" for target in TARGETS]], rows)
 
 
@@ -243,7 +244,8 @@ def recipe_table(config: VisionConfig) -> Table:
         ["mean-pooled images for discovery", pooled, "13,929"],
         ["segments", "the generator's own" if is_generated else "SAM masks" if config.masks else "scikit-image", "SAM"],
         ["natural images for transfer", sizes, "all of the 16 classes"],
-        ["runs", f"{config.base_seeds} base networks, {config.transfer_seeds} transfer seeds on the first", "-"],
+        ["base networks", str(config.base_seeds), "-"],
+        ["transfer seeds on the first base network", str(config.transfer_seeds), "-"],
     ]  # fmt: skip
     paper = {knob.name: knob.default for knob in dataclasses.fields(config) if knob.name in _RECIPE}
     if config.architecture == "vit":
