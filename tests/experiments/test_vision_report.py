@@ -114,7 +114,7 @@ def replaced(condition: str, new: list[dict[str, Any]], size: int = 4000) -> Vis
 
 
 def config(**changes: Any) -> VisionConfig:
-    return dataclasses.replace(make_config("quick"), **changes)
+    return dataclasses.replace(make_config("quick"), **{"inherit": "none", "norms": "trained", **changes})
 
 
 def test_spreads_are_over_the_runs_of_one_kind_and_leave_out_undefined_shape_biases() -> None:
@@ -204,7 +204,7 @@ def test_what_is_missing_can_not_be_judged_and_is_said() -> None:
         "Can't be judged: shape bias against sampled (runs that have one: subnet: 3, sampled: 2; 3 needed); "
         in verdict(few)
     )
-    assert verdict(few).endswith(" NOT FINISHED: 1 transfer runs missing.")
+    assert verdict(few).endswith(" NOT FINISHED: 1 of 24 transfer runs missing.")
 
     undecided = [row("subnet", 4000, s, shape_bias=NAN if s else 0.6, natural=0.9) for s in range(3)]
     text = verdict(replaced("subnet", undecided))
@@ -213,8 +213,10 @@ def test_what_is_missing_can_not_be_judged_and_is_said() -> None:
     assert "NOT FINISHED" not in text
 
     one = results(planned=30)  # all four parts hold, but other runs are missing
-    assert verdict(one).endswith("NOT FINISHED: 6 transfer runs missing.") and not is_shown(one)
-    assert verdict(results(rows=[], planned=30)) == "Nothing to judge yet. NOT FINISHED: 30 transfer runs missing."
+    assert verdict(one).endswith("NOT FINISHED: 6 of 30 transfer runs missing.") and not is_shown(one)
+    assert (
+        verdict(results(rows=[], planned=30)) == "Nothing to judge yet. NOT FINISHED: 30 of 30 transfer runs missing."
+    )
     assert verdict(results(rows=[r for r in results().rows if r["condition"] != "sampled"])).count("sampled: 0") == 2
 
 
@@ -281,7 +283,7 @@ def test_the_table_of_conditions_has_mean_spread_and_the_count_where_runs_are_mi
     one = replaced("subnet", [row("subnet", 4000, 0, shape_bias=0.6), row("subnet", 4000, 1, shape_bias=NAN)])
     table = condition_table(one, 4000, config())
     assert table.title == (
-        "Trained on 4,000 natural images, inherit='unmasked', norms='trained': mean ± std over 3 transfer seeds, one "
+        "Trained on 4,000 images, inherit='none', norms='trained': mean ± std over 3 transfer seeds, one "
         "base network and mask; [k]: of k runs that have the number so far"
     )
     cells = {line[0]: list(line[1:]) for line in table.rows}
@@ -356,7 +358,7 @@ def real(condition: str, biases: tuple[float, ...]) -> list[dict[str, Any]]:
     return [
         {
             "condition": condition, "seed": seed, "shape_decisions": 0.2, "texture_decisions": 0.4, "shape_bias": bias,
-            "shape_accuracy": 0.25, "num_images": 1200,
+            "shape_accuracy": 0.25, "num_images": 1280,
         }
         for seed, bias in enumerate(biases)
     ]  # fmt: skip
@@ -364,7 +366,7 @@ def real(condition: str, biases: tuple[float, ...]) -> list[dict[str, Any]]:
 
 def test_real_images_have_a_table_with_people_and_published_networks_beneath() -> None:
     lines = [list(line) for line in real_table(real("subnet", (0.3, 0.5)) + real("random_init", (0.2, NAN))).rows]
-    assert lines[0] == ["subnet", "0.400 ± 0.100", "0.200 ± 0.000", "0.400 ± 0.000", "0.250 ± 0.000", "1200", "2"]
+    assert lines[0] == ["subnet", "0.400 ± 0.100", "0.200 ± 0.000", "0.400 ± 0.000", "0.250 ± 0.000", "1280", "2"]
     assert lines[1][:2] == ["random_init", "0.200 [1]"]
     assert [line[:2] for line in lines[2:4]] == [["people, published", "0.959"], ["AlexNet, published", "0.429"]]
 
@@ -478,8 +480,8 @@ def test_the_report_is_one_file_that_starts_with_the_verdict(tmp_path: Path) -> 
     assert all(size > 4000 for size in drawn.values())
     for words in (
         "0.959", "0.221", "0.429", "0.172", "0.312", "0.832", "0.507", "0.719", "0.862", "0.666", "0.650", "0.241",
-        "+18.8%", "25.7 points", "0.600 ± 0.024", "generated ones of 64 px", "Real cue-conflict images",
-        "Trained on 1,000 natural images", "inherit=&#x27;unmasked&#x27;", *MEANING.values(), *LAYERS,
+        "+18.8%", "25.7 points", "0.600 ± 0.024", "Our images are generated", "Real cue-conflict images",
+        "Trained on 1,000 images, inherit=&#x27;none&#x27;, norms=&#x27;trained&#x27;", *MEANING.values(), *LAYERS,
     ):  # fmt: skip
         assert words in page, words
     assert text.splitlines()[0] == verdict(one)
@@ -491,7 +493,7 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
     empty = VisionResults([], {}, {}, {"base": 0.0}, None, planned=36)
     text = write_report(empty, config(), tmp_path, {}, None)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert text.startswith("Nothing to judge yet. NOT FINISHED: 36 transfer runs missing.")
+    assert text.startswith("Nothing to judge yet. NOT FINISHED: 36 of 36 transfer runs missing.")
     assert '<p class="verdict bad">' in page and "data:image" not in page
     undecided = [row("subnet", 1000, s, shape_bias=NAN) for s in range(3)]
     text = write_report(results(rows=undecided, discoveries={}), config(), tmp_path, {}, None)
@@ -512,3 +514,17 @@ def test_the_recipe_names_what_differs_from_the_papers() -> None:
     assert lines["transfer_lr"][1] == "0.001" and lines["norms"][1] == "frozen" and lines["inherit"][1] == "unmasked"
     vit = {line[0]: list(line[1:]) for line in recipe_table(config(architecture="vit", width=64)).rows}
     assert vit["transfer_epochs"][1] == "40" and vit["network"][0] == "ViT, width 64"
+
+
+def test_the_report_of_photographs_says_what_they_can_and_can_not_show(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    for changes, words, source in (
+        ({"conflict": folder}, "it can&#x27;t show how well such networks see", "cue-conflict photographs alone"),
+        ({"conflict": folder, "images": folder}, "Our images are photographs too", "photographs"),
+    ):
+        settings = config(**changes)
+        write_report(results(), settings, tmp_path, {}, None)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert words in page and "generated" not in page
+        lines = {line[0]: line[1] for line in recipe_table(settings).rows}
+        assert (lines["images"], lines["segments"]) == (source, "scikit-image")

@@ -69,7 +69,7 @@ def draw_sizes(results: VisionResults, title: str, path: Path) -> Path:
         axes.set_xscale("log")
         axes.set_xticks(results.sizes(), [f"{n:,}" for n in results.sizes()], fontsize=8)
         axes.minorticks_off()
-        axes.set_xlabel("natural training images n")
+        axes.set_xlabel("training images n")
         axes.set_title(MEASURE_TITLES[measure], fontsize=9)
         axes.grid(alpha=0.3)
     lines = panels[0].get_lines()

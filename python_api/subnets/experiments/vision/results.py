@@ -79,7 +79,7 @@ class VisionResults:
         return list(dict.fromkeys(row["condition"] for row in self.rows))
 
     def sizes(self) -> list[int]:
-        """Numbers of natural training images with results, rising."""
+        """Numbers of training images with results, rising."""
         return sorted({row["num_images"] for row in self.rows})
 
     def values(self, condition: str, size: int, measure: str, kind: str | None = None) -> list[float]:
@@ -153,7 +153,7 @@ def is_shown(results: VisionResults) -> bool:
 def verdict(results: VisionResults) -> str:
     """The first line of the report: which parts of the claim hold at the largest size and which do not."""
     missing = results.missing()
-    unfinished = f" NOT FINISHED: {missing:,} transfer runs missing." if missing else ""
+    unfinished = f" NOT FINISHED: {missing:,} of {results.planned:,} transfer runs missing." if missing else ""
     if not results.rows:
         return f"Nothing to judge yet.{unfinished}"
     size = results.sizes()[-1]
