@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Classes = Sequence[object] | np.ndarray[Any, Any] | Tensor
 
 
-def shape_bias(predicted: Sequence[object], shape: Sequence[object], texture: Sequence[object]) -> float:
+def shape_bias(predicted: Classes, shape: Classes, texture: Classes) -> float:
     """Return ``shape decisions / (shape decisions + texture decisions)`` on cue-conflict images.
 
     A shape decision is ``predicted == shape``, a texture decision ``predicted == texture``. Images whose two cues agree
