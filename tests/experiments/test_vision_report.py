@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from subnets.experiments.vision.comparison import published_table, real_table, recipe_table, shape_bias_table
 from subnets.experiments.vision.conditions import CONDITIONS, MEANING
 from subnets.experiments.vision.config import VisionConfig, make_config
 from subnets.experiments.vision.figures import cue_names, draw_filters, draw_sheet
@@ -19,12 +20,8 @@ from subnets.experiments.vision.models import ARCHITECTURES, NetworkShape, build
 from subnets.experiments.vision.report import (
     comparison_lines,
     condition_table,
-    published_table,
-    real_table,
-    recipe_table,
     reduction_table,
     samples_table,
-    shape_bias_table,
     subnet_table,
     time_table,
     write_report,
