@@ -340,8 +340,18 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As masked_linear."""
         w_eff, penalty = self.effective_weight(weight, scores, beta, kind, x.dtype, buffers)
-        out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
-        return out, penalty, w_eff if keeps_w_eff(plan) else None
+        return self.conv2d(x, w_eff, bias, args, kind), penalty, w_eff if keeps_w_eff(plan) else None
+
+    def conv2d(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, args: ConvArgs, kind: MaskKind) -> Tensor:
+        """The convolution of masked_conv2d with an effective weight that is there already; the same bits as there."""
+        return F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+
+    def conv2d_backward(
+        self, grad_out: Tensor, x: Tensor, w_eff: Tensor, args: ConvArgs, kind: MaskKind,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Its gradients (x, effective weight, bias), those that are wanted."""
+        return conv2d_backward(grad_out, x, w_eff, args, wanted)
 
     def masked_conv2d_backward(
         self, grad_out: Tensor | None, grad_penalty: Tensor | None, x: Tensor, weight: Tensor, scores: Tensor,
@@ -353,8 +363,8 @@ class Backend:
             if w_eff is None:
                 w_eff, _ = self.effective_weight(weight, scores, beta, kind, x.dtype)
             wants_weight = needs.weight or (needs.scores and kind.is_trainable)
-            grad_x, grad_w_eff, grad_bias = conv2d_backward(
-                grad_out, x, w_eff, args, (needs.x, wants_weight, needs.bias)
+            grad_x, grad_w_eff, grad_bias = self.conv2d_backward(
+                grad_out, x, w_eff, args, kind, (needs.x, wants_weight, needs.bias)
             )
         grad_scores, grad_weight = self.grad_scores(
             grad_w_eff, grad_penalty, weight, scores, beta, kind, needs.scores, needs.weight, may_overwrite=True

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import MaskKind
+from . import small_conv
 from .base import (
     KERNEL_DTYPES,
     KIND_CODES,
     AdamW,
     Backend,
     Call,
+    ConvArgs,
     Needs,
     gradients_wanted,
     keeps_w_eff,
@@ -294,6 +296,19 @@ class NativeBackend(ExtensionBackend):
         return super().linear_grad_scores(
             grad_out, x, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
         )
+
+    def conv2d(self, x: Tensor, w_eff: Tensor, bias: Tensor | None, args: ConvArgs, kind: MaskKind) -> Tensor:
+        if kind.name == "sigmoid" and small_conv.serves(x, w_eff, args):  # hard: as the layer without mask, to the bit
+            return small_conv.conv2d(x, w_eff, bias, args)
+        return super().conv2d(x, w_eff, bias, args, kind)
+
+    def conv2d_backward(
+        self, grad_out: Tensor, x: Tensor, w_eff: Tensor, args: ConvArgs, kind: MaskKind,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if kind.name == "sigmoid" and small_conv.serves(x, w_eff, args):
+            return small_conv.conv2d_backward(grad_out, x, w_eff, args, wanted)
+        return super().conv2d_backward(grad_out, x, w_eff, args, kind, wanted)
 
     def add_penalty_grad_(
         self, grads: list[Tensor], scores: list[Tensor], weights_per_score: list[int], beta: Tensor,

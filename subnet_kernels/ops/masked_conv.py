@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, ConvArgs, Needs, conv2d_backward, keeps_w_eff
+from ..backends.base import Backend, ConvArgs, Needs, keeps_w_eff
 from ..backends.layout import with_strides_of
 from ..dispatch import choose_for
 from ..in_backward import use_of
@@ -42,7 +42,7 @@ def _forward(
     kept = slot.lookup(weight, scores, beta, kind, x.dtype)
     if kept is not None:
         w_eff, penalty = kept
-        out = F.conv2d(x, w_eff, bias, args.stride, args.padding, args.dilation, args.groups)
+        out = backend.conv2d(x, w_eff, bias, args, kind)
     else:
         buffers = slot.to_fill(weight, scores, beta, x.dtype)
         out, penalty, w_eff = backend.masked_conv2d(x, weight, scores, beta, bias, args, kind, plan, buffers)
@@ -81,8 +81,8 @@ class _MaskedConv2d(torch.autograd.Function):
             return _step_in_backward(ctx, grad_out, grad_penalty, x, weight, scores, beta, w_eff)
         if pending is not None and pending.is_open and _can_wait(ctx, grad_out, w_eff):
             assert grad_out is not None
-            grad_x, grad_w_eff, grad_bias = conv2d_backward(
-                grad_out, x, w_eff, ctx.args, (wants[0], True, wants[4])
+            grad_x, grad_w_eff, grad_bias = ctx.backend.conv2d_backward(
+                grad_out, x, w_eff, ctx.args, ctx.kind, (wants[0], True, wants[4])
             )
             assert grad_w_eff is not None
             pending.add(ctx.backend, ctx.kind, beta, Entry(grad_w_eff, grad_penalty, weight, ctx.leaf))
@@ -103,7 +103,7 @@ def _step_in_backward(
     is_stepped, made = False, None
     if grad_out is not None and w_eff is not None and not wants[1]:
         needs = wants[0], True, wants[4]
-        grad_x, grad_w_eff, grad_bias = conv2d_backward(grad_out, x, w_eff, ctx.args, needs)
+        grad_x, grad_w_eff, grad_bias = ctx.backend.conv2d_backward(grad_out, x, w_eff, ctx.args, ctx.kind, needs)
         grad_weight = None
         assert grad_w_eff is not None
         is_stepped = use.step_w_eff(with_strides_of(weight, grad_w_eff), grad_penalty)
@@ -163,12 +163,11 @@ def _implementation(
     padding: list[int], dilation: list[int], groups: int, kind: str, params: list[float], key: Tensor | None,
     plan: str | None, backend: str | None, w_eff: Tensor | None = None, penalty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if w_eff is not None and penalty is not None:
-        out = F.conv2d(x, w_eff, bias, stride, padding, dilation, groups)
-        return out, penalty.clone(), no_gradient(weight)
     chosen = choose_for("masked_conv2d", weight, scores, kind, x.dtype, plan, backend)
-    args = _args(stride, padding, dilation, groups)
-    mask_kind, plan = as_kind(kind, params), plan or "cached"
+    args, mask_kind = _args(stride, padding, dilation, groups), as_kind(kind, params)
+    if w_eff is not None and penalty is not None:
+        return chosen.conv2d(x, w_eff, bias, args, mask_kind), penalty.clone(), no_gradient(weight)
+    plan = plan or "cached"
     out, penalty, w_eff = chosen.masked_conv2d(x, weight, scores, beta, bias, args, mask_kind, plan)
     return out, penalty, no_gradient(weight) if w_eff is None else w_eff
 
