@@ -191,26 +191,11 @@ class NeuroSurgeon(Contender):
     name = "neurosurgeon"
 
     def make(self) -> Tensor:
-        try:
-            from NeuroSurgeon.Masking import ContSparseConv2d, ContSparseLinear
-        except ImportError as error:
-            raise Skipped(f"NeuroSurgeon is not installed ({error}); pip install NeuroSurgeon==0.1.0") from error
         self.weight = self.weight.float()
         plain = plain_layer(self.case, self.weight, self.bias, torch.float32)
-        if self.case.conv is None:
-            layer = ContSparseLinear.from_layer(plain)
-        else:
-            layer = ContSparseConv2d.from_layer(plain, mask_unit="weight")
-        layer.requires_grad_(False)
-        self.layer = layer.to(self.weight.device)
-        scores = layer.weight_mask_params
-        scores.data.copy_(self.case.scores)
-        scores.requires_grad_()
-        layer.weight.data = self.weight
-        layer.temperature = self.case.beta
-        layer.train(True)
+        self.layer = neurosurgeon_layer(plain, self.case.scores, self.case.beta)
         self.is_autocast = self.case.x.dtype != torch.float32
-        return scores
+        return self.layer.weight_mask_params
 
     def forward(self) -> tuple[Tensor, Tensor]:
         dtype = self.case.x.dtype if self.is_autocast else torch.bfloat16
@@ -364,13 +349,30 @@ def plain_layer(case: Case, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """nn.Linear or nn.Conv2d around these tensors, frozen."""
     kwargs: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
     if case.conv is None:
-        layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], **kwargs)
+        layer: Any = nn.Linear(weight.shape[1], weight.shape[0], **kwargs)
     else:
         groups = case.conv.get("groups", 1)
         size: Any = tuple(weight.shape[2:])
         layer = nn.Conv2d(weight.shape[1] * groups, weight.shape[0], size, **case.conv, **kwargs)
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+    return layer
+
+
+def neurosurgeon_layer(plain: nn.Module, scores: Tensor, beta: float) -> Any:
+    """NeuroSurgeon's twin of an nn.Linear or nn.Conv2d, over its very weight and, likewise in memory, these scores."""
+    try:
+        from NeuroSurgeon.Masking import ContSparseConv2d, ContSparseLinear
+    except ImportError as error:
+        raise Skipped(f"NeuroSurgeon is not installed ({error}); pip install NeuroSurgeon==0.1.0") from error
+    twin: Any = ContSparseLinear if isinstance(plain, nn.Linear) else ContSparseConv2d
+    layer: Any = twin.from_layer(plain, mask_unit="weight")
+    layer.requires_grad_(False).to(scores.device)
+    layer.weight.data = plain.weight
+    layer.weight_mask_params.data = scores.detach().clone()  # a clone keeps the strides
+    layer.weight_mask_params.requires_grad_()
+    layer.temperature = beta
+    layer.train(True)
     return layer
 
 

@@ -231,9 +231,11 @@ def gpt2(check: Check) -> None:
 
 
 def resnet(check: Check) -> None:
-    """A step of ResNet-18."""
+    """A step of ResNet-18, also beside its convolutions' training without mask and NeuroSurgeon."""
     name, more = ("resnet18_tiny_b2", ()) if check.device == "cpu" else ("resnet18_b256", ("compile",))
-    _models(check, {name: _settings(check, *more)})
+    settings = _settings(check, *more)
+    found = ("neurosurgeon",) if "neurosurgeon" in settings.baselines else ()
+    _models(check, {name: replace(settings, models=("unmasked", *found, *settings.models))})
 
 
 def profile(check: Check) -> None:

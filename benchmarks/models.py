@@ -1,14 +1,15 @@
 """Whole models: one mask-training step of GPT-2 small and of ResNet-18, ours against fine-tuning and the eager idiom.
 
-The weights are random, in bf16 (ResNet's in channels_last); scores are fp32. All linear layers of GPT-2's blocks are
-masked, all convolutions of ResNet. Labels are what the network says under its initial mask, so that its loss there is
-low and another mask's is not: the check of captured graphs rests on that. BatchNorm is in eval mode: the net is frozen.
+The weights are random (ResNet's in channels_last), scores are fp32. All linear layers of GPT-2's blocks are masked, all
+convolutions of ResNet. Labels are what the network says under its initial mask, so that its loss there is low and
+another mask's is not: the check of captured graphs rests on that. BatchNorm is in eval mode: the net is frozen.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +20,44 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import memory
 from .cases import BETA
 from .ceilings import Ceilings
-from .contenders import Skipped, check_capturable, fused_adamw, masks_adamw
+from .contenders import Skipped, check_capturable, fused_adamw, masks_adamw, neurosurgeon_layer
 from .resnet import ResNet18
 from .rows import Row
 from .runner import Settings, free_memory, in_mode, make_row, set_floor, tuned_convolutions
 from .timing import Function, time_interleaved
 
 LAM = 1e-6  # about the size of the mean gradient of a score
-LOSS_TOLERANCE = 2.0**-8  # of the loss: bf16's rounding
+# of the loss, by the precision of the products
+LOSS_TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-18}
 # least cosines between gradients of the scores, and between first updates (Adam makes every gradient's sign a full
-# step, rounding flips a few); for compiled models lower, as fused operations round to bf16 at other places
-LEAST_COSINES = {False: (0.999, 0.98), True: (0.99, 0.95)}
+# step, rounding flips a few), by that precision and by whether the model is compiled: fused operations round to bf16 at
+# other places
+LEAST_COSINES = {
+    (torch.bfloat16, False): (0.999, 0.98), (torch.bfloat16, True): (0.99, 0.95),
+    (torch.float32, False): (1 - 1e-8, 1 - 1e-5), (torch.float32, True): (1 - 1e-8, 1 - 1e-5),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """kind: "gpt2" (sizes: layers, width, heads, vocabulary) or "resnet18" (sizes: width of the stem, classes);
-    extent: tokens, or the image's side."""
+    """kind: "gpt2" (sizes: layers, width, heads, vocabulary), "resnet18" (sizes: width of the stem, classes) or
+    "vision" (the vision experiment's ResNet-18; sizes: width); extent: tokens, or the image's side. precision: "bf16"
+    (of the whole network), "fp32", or "amp" (fp32 under autocast to bf16)."""
 
     name: str
     kind: str
     batch: int
     extent: int
     sizes: dict[str, int] = field(default_factory=dict)
+    precision: str = "bf16"
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     @property
     def targets(self) -> str:
@@ -51,7 +67,7 @@ class ModelCase:
         return (self.batch * self.extent, "tokens") if self.kind == "gpt2" else (self.batch, "images")
 
     def build(self, device: str) -> tuple[nn.Module, Tensor]:
-        """(the network, frozen, in bf16; its input)"""
+        """(the network, frozen; its input)"""
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -62,10 +78,18 @@ class ModelCase:
                 model: nn.Module = LeanGPT2(shape, generator)
                 x = torch.randint(shape.vocabulary, (self.batch, self.extent), generator=generator).to(device)
             else:
-                model = ResNet18(**self.sizes).to(memory_format=torch.channels_last)
+                model = ResNet18(**self.sizes) if self.kind == "resnet18" else self._vision()
+                model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 x = torch.randn(self.batch, 3, self.extent, self.extent, generator=generator)
-                x = x.to(device, torch.bfloat16, memory_format=torch.channels_last)
-        return model.to(device, torch.bfloat16).eval().requires_grad_(False), x
+                if self.kind == "vision":
+                    x = x.mul_(64).add_(128).clamp_(0, 255)  # pixels
+                x = x.to(device, self.weight_dtype, memory_format=torch.channels_last)
+        return model.to(device, self.weight_dtype).eval().requires_grad_(False), x
+
+    def _vision(self) -> nn.Module:
+        from subnets.experiments.vision.models import NetworkShape, build
+
+        return build(NetworkShape(width=self.sizes.get("width", 64), image_size=self.extent), seed=0)
 
 
 _SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
@@ -73,6 +97,8 @@ MODEL_CASES = [
     ModelCase("gpt2_4x64", "gpt2", 4, 64, _SMALL),
     ModelCase("gpt2_8x1024", "gpt2", 8, 1024, _SMALL),
     ModelCase("resnet18_b256", "resnet18", 256, 224),
+    ModelCase("resnet18_64px_b32_fp32", "vision", 32, 64, precision="fp32"),
+    ModelCase("resnet18_64px_b32_amp", "vision", 32, 64, precision="amp"),
     ModelCase("gpt2_tiny_2x16", "gpt2", 2, 16, {"layers": 2, "width": 32, "heads": 2, "vocabulary": 101}),
     ModelCase("resnet18_tiny_b2", "resnet18", 2, 32, {"width": 8, "num_classes": 10}),
 ]
@@ -91,9 +117,11 @@ class Trainer:
     name = ""
     is_masked = True
     is_compiled = False
+    has_gradients = True  # whether a backward pass leaves them
 
     def __init__(self, case: ModelCase, base: nn.Module, x: Tensor, scores: dict[str, Tensor]) -> None:
         self.case, self.x, self.model = case, x, copy.deepcopy(base)
+        self.is_autocast = case.precision == "amp"
         self.labels = x.new_zeros(0)
         self.trained = self.prepare(scores)
         self.optimizer = self.make_optimizer()
@@ -106,7 +134,8 @@ class Trainer:
         return fused_adamw(list(self.trained.values()))
 
     def task_loss(self) -> Tensor:
-        logits = self.model(self.x)
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.is_autocast):
+            logits = self.model(self.x)
         return F.cross_entropy(logits.flatten(0, -2).float(), self.labels.flatten())
 
     def losses(self) -> tuple[Tensor, Tensor]:
@@ -197,11 +226,39 @@ class FinetuneAmp(Finetune):
 
     def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         self.model.float()
+        self.is_autocast = True
         return super().prepare(scores)
 
-    def task_loss(self) -> Tensor:
-        with torch.autocast(self.x.device.type, torch.bfloat16):
-            return super().task_loss()
+
+class Unmasked(Trainer):
+    """No mask: exactly the weights that the others mask are trained, in their own dtype."""
+
+    name = "unmasked"
+    is_masked = False
+
+    def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.model.get_submodule(name).weight.requires_grad_() for name in scores}  # pyright: ignore
+
+
+class NeuroSurgeon(Trainer):
+    """NeuroSurgeon 0.1.0's ContSparse layers and ``calculate_l0()``, fused AdamW; in bf16 by autocast on fp32 weights,
+    its way."""
+
+    name = "neurosurgeon"
+
+    def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.model.float()
+        self.is_autocast = self.case.product_dtype == torch.bfloat16
+        self.layers = {}
+        for name, value in scores.items():
+            self.layers[name] = neurosurgeon_layer(self.model.get_submodule(name), value, BETA)
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, self.layers[name])
+        return {name: layer.weight_mask_params for name, layer in self.layers.items()}
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        loss = self.task_loss()
+        return loss, loss + LAM * torch.stack([layer.calculate_l0() for layer in self.layers.values()]).sum()
 
 
 class Ours(Trainer):
@@ -210,6 +267,7 @@ class Ours(Trainer):
     one beta to the same one, so that the others' masks stay comparable."""
 
     name = "ours"
+    how: dict[str, Any] = {}  # noqa: RUF012  # of masks.adamw
 
     def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         from subnets import mask_model
@@ -220,7 +278,7 @@ class Ours(Trainer):
         return {name.removesuffix(".scores"): value for name, value in self.masks.scores().items()}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return masks_adamw(self.masks, LAM)
+        return masks_adamw(self.masks, LAM, **self.how)
 
     def backward(self) -> None:
         if not self.masks.is_on_gpu:
@@ -228,6 +286,14 @@ class Ours(Trainer):
         self.masks.refresh()
         with self.masks.batch_score_gradients():
             super().backward()
+
+
+class OursInBackward(Ours):
+    """The same, its scores stepped in the backward pass."""
+
+    name = "ours_in_backward"
+    has_gradients = False
+    how: dict[str, Any] = {"in_backward": True}  # noqa: RUF012
 
 
 class OursCompiled(Ours):
@@ -245,7 +311,8 @@ class OursCompiled(Ours):
 
 
 MODEL_CONTENDERS: dict[str, type[Trainer]] = {
-    c.name: c for c in (Eager, Compiled, Finetune, FinetuneAmp, Ours, OursCompiled)
+    c.name: c
+    for c in (Eager, Compiled, Finetune, FinetuneAmp, Unmasked, NeuroSurgeon, Ours, OursInBackward, OursCompiled)
 }
 
 
@@ -253,7 +320,7 @@ MODEL_CONTENDERS: dict[str, type[Trainer]] = {
 
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].detach().float().flatten() for name in sorted(tensors)])
+    return torch.cat([tensors[name].detach().double().flatten() for name in sorted(tensors)])
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
@@ -263,28 +330,28 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def gate_step(trainer: Trainer, eager: Trainer, scores: dict[str, Tensor]) -> float:
     """One step of both from the same scores, in multiples of what is allowed: the difference of the losses over
     LOSS_TOLERANCE, and by LEAST_COSINES 1 - cosine of the scores' gradients (of the loss without penalty) and of the
-    first updates (with it). A NaN is infinite."""
+    first updates (with it). Without gradients to look at, the updates alone. A NaN is infinite."""
     losses, gradients, updates = [], [], []
     for each in (trainer, eager):
         each.set_scores(scores)
         each.optimizer = each.make_optimizer()
         for tensor in each.trained.values():
             tensor.grad = None
-        loss, _ = each.losses()
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(_flat({name: t.grad for name, t in each.trained.items() if t.grad is not None}))
-        del loss
+        if trainer.has_gradients:
+            loss, _ = each.losses()
+            loss.backward()
+            gradients.append(_flat({name: t.grad for name, t in each.trained.items() if t.grad is not None}))
+            del loss
         each.step()
+        losses.append(each.last_loss.item())  # pyright: ignore[reportOptionalMemberAccess]
         updates.append(_flat(each.trained) - _flat(scores))
-    least_gradient, least_update = LEAST_COSINES[trainer.is_compiled]
-    worst = max(
-        abs(losses[0] - losses[1]) / (LOSS_TOLERANCE * abs(losses[1])),
-        (1 - _cosine(*gradients)) / (1 - least_gradient),
-        (1 - _cosine(*updates)) / (1 - least_update),
-    )
-    is_nan = any(value != value for value in (*losses, _cosine(*gradients), _cosine(*updates)))
-    return float("inf") if is_nan else worst
+    precision = trainer.case.product_dtype
+    least_gradient, least_update = LEAST_COSINES[precision, trainer.is_compiled]
+    ratios = [abs(losses[0] - losses[1]) / (LOSS_TOLERANCE[precision] * abs(losses[1]))]
+    ratios.append((1 - _cosine(*updates)) / (1 - least_update))
+    if trainer.has_gradients:
+        ratios.append((1 - _cosine(*gradients)) / (1 - least_gradient))
+    return float("inf") if any(ratio != ratio for ratio in ratios) else max(ratios)
 
 
 def gate_replay(trainer: Trainer, replay: Function, eager: Trainer, scores: dict[str, Tensor]) -> float:
@@ -370,7 +437,8 @@ def run_model(case: ModelCase, settings: Settings, ceilings: Ceilings) -> list[R
                 if mode == "graph" and by_name[name].is_masked:
                     row.gate = max(row.gate or 0.0, gate_replay(by_name[name], functions[name], reference, scores))
                 row.peak_mb = peaks.get(name)
-                set_floor(row, ceilings, flops, num_weights * 44, torch.bfloat16)  # 6 forward, 10 backward, 28 AdamW
+                # forward W and s, backward W, s and ds, AdamW 28
+                set_floor(row, ceilings, flops, num_weights * (2 * case.weight_dtype.itemsize + 40), case.product_dtype)
                 count, unit = case.num_items()
                 row.note = f"{count / (row.median_us or 1) * 1e6:.4g} {unit}/s, {num_weights} weights masked"
                 rows.append(row)

@@ -46,6 +46,7 @@ class Row:
     x_neurosurgeon: float | None = None
     x_finetune: float | None = None
     x_finetune_amp: float | None = None
+    x_unmasked: float | None = None
     x_mm: float | None = None
     over_linear_us: float | None = None
     gate: float | None = None
@@ -62,7 +63,10 @@ class Row:
 
 
 FIELDS = [field.name for field in fields(Row)]
-RATIOS = ("eager", "compile", "compile_max", "linear", "linear_amp", "neurosurgeon", "finetune", "finetune_amp", "mm")
+RATIOS = (
+    "eager", "compile", "compile_max", "linear", "linear_amp", "neurosurgeon", "finetune", "finetune_amp", "unmasked",
+    "mm",
+)  # fmt: skip
 
 
 def _version_of(package: str) -> str:

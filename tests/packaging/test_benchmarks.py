@@ -348,6 +348,35 @@ def test_a_models_step_passes_its_checks_and_wrong_ones_do_not(graphs_without_gp
     assert models.gate_replay(trainers[0], lambda: None, eager, scores) > 1  # a graph that does nothing
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_the_vision_networks_step_passes_its_checks_beside_neurosurgeon_and_unmasked_training(precision: str) -> None:
+    pytest.importorskip("transformers")
+    case = models.ModelCase("tiny", "vision", 4, 32, {"width": 8}, precision)
+    names = ("eager", "unmasked", "neurosurgeon", "ours", "ours_in_backward")
+    said: list[str] = []
+    settings = Settings(timing=SHORT, models=names, say=said.append, fail=pytest.fail)
+    made = {row.contender: row for row in models.run_model(case, settings, Ceilings("cpu", SHORT))}
+    assert set(made) == set(names) - ({"neurosurgeon"} if said else set())
+    assert made["unmasked"].gate is None
+    assert all(row.gate is not None and row.gate <= 1 for name, row in made.items() if name != "unmasked")
+    assert made["ours"].x_unmasked and "images/s, 175512 weights masked" in made["ours"].note
+    stem = {"network.resnet.embedder.embedder.convolution": torch.zeros(0)}
+    trained = models.Unmasked(case, *case.build("cpu"), stem).model.parameters()
+    assert [(p.dtype, p.shape) for p in trained if p.requires_grad] == [(torch.float32, (8, 3, 7, 7))]
+
+    class WrongLayer(models.OursInBackward):
+        def backward(self) -> None:
+            super().backward()
+            with torch.no_grad():
+                next(iter(self.trained.values())).mul_(1.01)
+
+    base, x = case.build("cpu")
+    _, eager, scores, _ = models.make_trainers(case, Settings(models=("eager",)))
+    trainer = WrongLayer(case, base, x, scores)
+    trainer.labels = eager.labels
+    assert models.gate_step(trainer, eager, scores) > 1
+
+
 def test_the_state_says_whether_a_case_fits_in_the_l2_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fixed(Ceilings):
         def floor_s(self, flops, num_bytes, dtype):  # type: ignore[no-untyped-def]
