@@ -28,7 +28,9 @@ class Skipped(RuntimeError):
 
 def fused_adamw(trained: list[Tensor]) -> torch.optim.Optimizer:
     """torch's fused AdamW, on a GPU such that a CUDA graph can hold its step."""
-    return torch.optim.AdamW(trained, lr=LR, fused=True, capturable=trained[0].is_cuda)
+    optimizer: Any = torch.optim.AdamW(trained, lr=LR, fused=True, capturable=trained[0].is_cuda)
+    optimizer.writes_effective_weights = True  # else a baseline's step would make ours stale: slots.py
+    return optimizer
 
 
 def masks_adamw(masks: Any, lam: float, **how: Any) -> torch.optim.Optimizer:

@@ -293,6 +293,19 @@ def test_an_optimizer_that_no_graph_can_hold_is_refused_and_ours_asks_for_one_th
     assert asked == [True]
 
 
+def test_a_baselines_optimizer_leaves_our_effective_weights_fresh() -> None:
+    inputs = SMALL.build()
+    contender = Ours(inputs)
+    contender.step()
+    layer = contender.layer
+    state = (layer.weight, layer.scores, layer.beta, layer.kind, torch.float32)
+    assert layer._slot.is_fresh(*state)
+    Eager(inputs).step()
+    assert layer._slot.is_fresh(*state)
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).step()  # as any other does
+    assert not layer._slot.is_fresh(*state)
+
+
 def test_rows_of_replayed_graphs_pass_their_check_and_a_stale_effective_weight_does_not(graphs_without_gpu) -> None:
     settings = Settings(
         timing=SHORT, baselines=("eager", "linear"), modes=("eager", "graph"), phases=("forward_backward", "step"),
