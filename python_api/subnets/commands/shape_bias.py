@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the table; 0."""
-    from ..experiments.vision.real import evaluate_models, record
     from ..experiments.vision.comparison import real_table
+    from ..experiments.vision.real import evaluate_models, record
 
     rows = evaluate_models(args.models, args.images, args.cache)
     if args.run is not None:
