@@ -52,13 +52,13 @@ def test_every_geometry_gives_the_convolution_and_its_gradients_in_fp64():
         weight = torch.randn(6, 4, kh, kw, dtype=torch.float64, generator=generator)
         weight, bias = weight.contiguous(memory_format=CHANNELS_LAST), torch.randn(6, dtype=torch.float64)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        expected = F.conv2d(*leaves, stride, padding, dilation)
+        expected = F.conv2d(*leaves, stride, padding, dilation)  # pyright: ignore[reportCallIssue]
         grad_out = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
         args = ConvArgs(stride, padding, dilation, 1)
         got = small_conv.conv2d(x, weight, bias, args)
         gradients = small_conv.conv2d_backward(grad_out, x, weight, args, (True, True, True))
         for a, b in zip((got, *gradients), (expected, *torch.autograd.grad(expected, leaves, grad_out)), strict=True):
-            assert a.shape == b.shape
+            assert a is not None and a.shape == b.shape
             assert (a - b).abs().max() < 1e-12, (h, w, kh, kw, stride, padding, dilation)
         count += 1
     assert count == 88
@@ -87,6 +87,7 @@ def test_results_lie_in_channels_last_and_the_weights_gradient_as_the_weight():
     weight = torch.randn(80, 96, 3, 3).contiguous(memory_format=CHANNELS_LAST)
     out = small_conv.conv2d(x, weight, None, PLAIN)
     grad_x, grad_weight, grad_bias = small_conv.conv2d_backward(out, x, weight, PLAIN, (True, True, False))
+    assert grad_x is not None and grad_weight is not None
     assert out.stride() == F.conv2d(x, weight, padding=1).stride() == (640, 1, 160, 80)
     assert (grad_x.stride(), grad_weight.stride(), grad_bias) == (x.stride(), weight.stride(), None)
 
@@ -133,7 +134,8 @@ def test_layers_train_as_with_the_vendors_convolutions(calls, monkeypatch, in_ba
     def scores_after_three_steps():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 96, 3, stride=2, padding=1))
-        masks = subnets.mask_model(model.to(memory_format=CHANNELS_LAST), "all-conv")
+        model.to(memory_format=CHANNELS_LAST)  # pyright: ignore[reportCallIssue]
+        masks = subnets.mask_model(model, "all-conv")
         masks.anneal(start=1.0, to=2.0, steps=3)
         optimizer = masks.adamw(lr=0.1, lam=1e-4, eps=1e-2, in_backward=in_backward)  # eps: no sign of a tiny gradient
         x = torch.randn(2, 64, 4, 4).contiguous(memory_format=CHANNELS_LAST)
