@@ -31,14 +31,8 @@ ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 
 
 def mask_model(
-    model: nn.Module,
-    targets: Targets | None = None,
-    exclude: Targets = (),
-    *,
-    init: ScoreInit | None = None,
-    score_init: float = -0.1,
-    kind: str | MaskKind = "sigmoid",
-    unit: Unit = "weight",
+    model: nn.Module, targets: Targets | None = None, exclude: Targets = (), *, init: ScoreInit | None = None,
+    score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
     keep_effective_weights: bool = True,
 ) -> MaskSet:
     """Put a mask over ``model``'s layers, in place, freeze everything but the scores, and return the MaskSet.
@@ -282,16 +276,9 @@ class MaskSet:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def adamw(
-        self,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        lam: float | Tensor = 0.0,
-        in_backward: bool = False,
-        moment_dtype: torch.dtype | None = None,
-        capturable: bool = False,
+        self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, lam: float | Tensor = 0.0, in_backward: bool = False,
+        moment_dtype: torch.dtype | None = None, capturable: bool = False,
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
@@ -418,14 +405,8 @@ class MaskSet:
                 handle.remove()
         densities = self.density(per_layer=True)
         return [
-            {
-                "name": name,
-                "shape": list(layer.weight.shape),
-                "unit": layer.unit,
-                "density": densities[name],
-                "runs": runs[name],
-                "backend": _backend_of(layer, layer.weight.dtype).name,
-            }
+            {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
+             "runs": runs[name], "backend": _backend_of(layer, layer.weight.dtype).name}
             for name, layer in self.layers.items()
         ]
 

@@ -42,14 +42,8 @@ class BulkRun:
     """A discovery of several members on its way."""
 
     def __init__(
-        self,
-        masks: MaskSet,
-        data: EpochData,
-        objective: Callable[..., Tensor],
-        config: DiscoveryConfig,
-        evaluate: Evaluate | None,
-        callbacks: Sequence[Callback],
-        random_state: RandomState,
+        self, masks: MaskSet, data: EpochData, objective: Callable[..., Tensor], config: DiscoveryConfig,
+        evaluate: Evaluate | None, callbacks: Sequence[Callback], random_state: RandomState,
     ) -> None:
         self.masks, self.data, self.config, self.evaluate = masks, data, config, evaluate
         self.members = config.members()

@@ -53,14 +53,8 @@ class CheckpointFile:
     """
 
     def __init__(
-        self,
-        config: DiscoveryConfig,
-        evaluate: object,
-        masks: MaskSet,
-        scores: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        records: Sequence[Record],
-        control: DensityControl | None,
+        self, config: DiscoveryConfig, evaluate: object, masks: MaskSet, scores: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer, records: Sequence[Record], control: DensityControl | None,
     ) -> None:
         self.path = None if config.checkpoint is None else Path(config.checkpoint)
         self.masks, self.optimizer, self.records, self.control = masks, optimizer, records, control

@@ -170,7 +170,9 @@ class Discoveries(Sequence[Discovery]):
         }  # fmt: skip
         return Subnet(masks, provenance, base_hash=members[0].subnet.base_hash)
 
-    def at_density(self, density: float, *, seed: int | None = None, score_init: float | None = None) -> Subnet:
+    def at_density(
+        self, density: float, *, seed: int | None = None, score_init: float | None = None
+    ) -> Subnet:
         """The subnet of this density on one seed's path over penalties, by interpolation between its two neighbours.
 
         Let a and b be the path's members whose densities d_a <= density <= d_b lie nearest. Scores are mixed,
@@ -281,7 +283,9 @@ def _position(density: float, low: float, high: float) -> float:
     return math.log(density / low) / math.log(high / low)
 
 
-def _keep_largest(scores: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, Tensor]:
+def _keep_largest(
+    scores: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], density: float
+) -> dict[str, Tensor]:
     """The units of largest score that together come nearest to ``density`` of all weights, expanded to weights."""
     flat = torch.cat([its.flatten() for its in scores.values()])
     weights = torch.cat(

@@ -29,14 +29,8 @@ _DEFAULTS = DiscoveryConfig()
 
 
 def discover(
-    model: nn.Module,
-    batches: Batches,
-    objective: Objective,
-    config: DiscoveryConfig = _DEFAULTS,
-    *,
-    evaluate: Evaluate | None = None,
-    callbacks: Sequence[Callback] = (),
-    progress: bool | None = None,
+    model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig = _DEFAULTS, *,
+    evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (), progress: bool | None = None,
 ) -> Discovery | Any:  # Any: Discoveries where config.is_bulk, without a cast at every call that is not
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
@@ -104,10 +98,7 @@ def discover(
 
 
 def _check_arguments(
-    model: nn.Module,
-    objective: Objective,
-    config: DiscoveryConfig,
-    evaluate: Evaluate | None,
+    model: nn.Module, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
     callbacks: Sequence[Callback],
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -161,14 +152,8 @@ class _Run:
     """One discovery on its way."""
 
     def __init__(
-        self,
-        masks: MaskSet,
-        data: EpochData,
-        objective: Objective,
-        config: DiscoveryConfig,
-        evaluate: Evaluate | None,
-        callbacks: Sequence[Callback],
-        random_state: RandomState,
+        self, masks: MaskSet, data: EpochData, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
+        callbacks: Sequence[Callback], random_state: RandomState,
     ) -> None:
         self.masks, self.data, self.objective, self.config = masks, data, objective, config
         self.random_state = random_state

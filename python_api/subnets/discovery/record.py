@@ -56,11 +56,7 @@ class Record:
     """
 
     def __init__(
-        self,
-        masks: MaskSet,
-        config: DiscoveryConfig,
-        evaluate: Evaluate | None,
-        callbacks: Sequence[Callback],
+        self, masks: MaskSet, config: DiscoveryConfig, evaluate: Evaluate | None, callbacks: Sequence[Callback],
         keeps_scores: bool = False,
     ) -> None:
         self.masks, self.config, self.evaluate, self.callbacks = masks, config, evaluate, callbacks

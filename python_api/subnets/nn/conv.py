@@ -45,22 +45,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     base_class = nn.Conv2d
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        *,
-        kind: str | MaskKind = "sigmoid",
-        score_init: float = -0.1,
-        unit: Unit = "weight",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1, padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True, padding_mode: PaddingMode = "zeros", *,
+        kind: str | MaskKind = "sigmoid", score_init: float = -0.1, unit: Unit = "weight",
+        device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
@@ -109,18 +98,14 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         the kernel, zero padding in numbers, no autocast. None for every other: the checks then say more."""
         weight, padding, dilation = self.weight, self.padding, self.dilation
         if (
-            isinstance(padding, str)
-            or self.padding_mode != "zeros"
-            or x.dim() != 4
-            or x.dtype != weight.dtype
+            isinstance(padding, str) or self.padding_mode != "zeros" or x.dim() != 4 or x.dtype != weight.dtype
             or torch._C._is_any_autocast_enabled()
         ):
             return None
         _, channels, height, width = x.shape
         _, per_group, kernel_height, kernel_width = weight.shape
         if (
-            channels != per_group * self.groups
-            or height <= dilation[0] * kernel_height
+            channels != per_group * self.groups or height <= dilation[0] * kernel_height
             or width <= dilation[1] * kernel_width
         ):
             return None

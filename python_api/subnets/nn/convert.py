@@ -35,14 +35,8 @@ def check_can_mask(module: nn.Module, name: str) -> None:
 
 
 def convert_in_place(
-    module: nn.Module,
-    cls: type[Masked],
-    name: str,
-    *,
-    kind: str | MaskKind = "sigmoid",
-    score_init: float | Tensor = -0.1,
-    unit: Unit = "weight",
-    state: MaskState | None = None,
+    module: nn.Module, cls: type[Masked], name: str, *, kind: str | MaskKind = "sigmoid",
+    score_init: float | Tensor = -0.1, unit: Unit = "weight", state: MaskState | None = None,
 ) -> Masked:
     """``module`` itself, now of class ``cls``: hooks, flags and every reference to it stay good."""
     check_can_mask(module, name)

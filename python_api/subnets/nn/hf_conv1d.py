@@ -31,15 +31,8 @@ class MaskedHFConv1D(MaskedLayer):
     passes_transposed = True
 
     def __init__(
-        self,
-        nf: int,
-        nx: int,
-        *,
-        kind: str | MaskKind = "sigmoid",
-        score_init: float = -0.1,
-        unit: Unit = "weight",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, nf: int, nx: int, *, kind: str | MaskKind = "sigmoid", score_init: float = -0.1, unit: Unit = "weight",
+        device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx

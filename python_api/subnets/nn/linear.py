@@ -45,16 +45,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     base_class = nn.Linear
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        kind: str | MaskKind = "sigmoid",
-        score_init: float = -0.1,
-        unit: Unit = "weight",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, *, kind: str | MaskKind = "sigmoid",
+        score_init: float = -0.1, unit: Unit = "weight", device: Any = None, dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_mask(kind, score_init, unit)
