@@ -10,8 +10,8 @@ import torch
 from subnets import cli
 from subnets.experiments.vision.classes import CLASSES, outputs, synsets
 from subnets.experiments.vision.config import make_config
-from subnets.experiments.vision.models import NetworkShape, build
-from subnets.experiments.vision.real import SixteenWay, evaluate_models, load_classifier, model_metadata, record
+from subnets.experiments.vision.models import NetworkShape, build, model_metadata
+from subnets.experiments.vision.real import SixteenWay, evaluate_models, load_classifier, record
 from subnets.training.files import read_json, save_tensors
 from subnets.training.run_folder import open_run_folder
 
@@ -54,7 +54,7 @@ def test_outputs_stand_for_the_synsets_in_sorted_order():
 
 def test_a_network_of_a_run_and_a_checkpoint_give_the_same_row(photographs: Path, tmp_path: Path):
     model = build(TINY, 3)
-    save_tensors(tmp_path / "own.safetensors", model.state_dict(), model_metadata(TINY, "own"))
+    save_tensors(tmp_path / "own.safetensors", model.state_dict(), model_metadata(TINY, "own", "folders"))
     model.network.config.image_size = 32
     model.network.save_pretrained(tmp_path / "checkpoint")
     again, size = load_classifier(tmp_path / "own.safetensors")
@@ -81,7 +81,7 @@ def test_a_constant_network_has_the_decisions_one_can_count(photographs: Path, t
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.eye(16)[3].expand(len(images), -1) + self.weight
 
-    [row] = evaluate_models([Path("bird")], photographs, tmp_path / "c", load=lambda path: (Always(), 32))
+    [row] = evaluate_models([tmp_path], photographs, tmp_path / "c", load=lambda path: (Always(), 32))
     # class 3 is the shape of images 3 and 19, the texture of none whose cues differ but of 18 (i = 18: 2 -> 3)
     assert row["shape_decisions"] == pytest.approx(2 / 17, abs=1e-6)
     assert row["texture_decisions"] == pytest.approx(1 / 17, abs=1e-6)
@@ -89,7 +89,7 @@ def test_a_constant_network_has_the_decisions_one_can_count(photographs: Path, t
 
 
 def test_the_command_prints_the_table_and_the_run_remembers_it(photographs: Path, tmp_path: Path, capsys):
-    save_tensors(tmp_path / "own.safetensors", build(TINY, 3).state_dict(), model_metadata(TINY, "own"))
+    save_tensors(tmp_path / "own.safetensors", build(TINY, 3).state_dict(), model_metadata(TINY, "own", "folders"))
     open_run_folder(tmp_path / "run", "vision", make_config("quick").to_json())
     words = [
         "shape-bias",
@@ -103,23 +103,29 @@ def test_the_command_prints_the_table_and_the_run_remembers_it(photographs: Path
         assert cli.main([*words, "--run", str(tmp_path / "run")]) == 0
     assert "people" in capsys.readouterr().out
     assert [row["condition"] for row in read_json(tmp_path / "run" / "real.json")] == ["own"]
-    record(tmp_path / "run", [{"condition": "other"}])
+    record(tmp_path / "run", [{"condition": "other", "seed": ""}])
     assert [row["condition"] for row in read_json(tmp_path / "run" / "real.json")] == ["own", "other"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "not a network", "wrong number of classes", "not a checkpoint"])
+KINDS = ["missing", "not a network", "wrong number of classes", "not a checkpoint", "generated images"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_classifier_is_refused_in_words(kind: str, tmp_path: Path):
     path = tmp_path / "model.safetensors"
     expected = {
         "missing": "there is none", "not a network": "that `subnets run vision` saved",
         "wrong number of classes": "16 or 1000 outputs, got 5", "not a checkpoint": "must be a transformers checkpoint",
+        "generated images": "got one of generated images: its classes are others",
     }[kind]  # fmt: skip
     if kind == "not a network":
         save_tensors(path, {"a": torch.zeros(1)})
     elif kind == "wrong number of classes":
         shape = NetworkShape(width=4, image_size=32, num_classes=5)
-        save_tensors(path, build(shape, 0).state_dict(), model_metadata(shape, "x"))
+        save_tensors(path, build(shape, 0).state_dict(), model_metadata(shape, "x", "folders"))
     elif kind == "not a checkpoint":
         path = tmp_path
+    elif kind == "generated images":
+        save_tensors(path, build(TINY, 0).state_dict(), model_metadata(TINY, "x", "generated"))
     with pytest.raises(ValueError, match=expected):
         load_classifier(path)

@@ -11,7 +11,7 @@ from subnets.experiments.vision import run as pipeline
 from subnets.experiments.vision.conditions import CONDITIONS
 from subnets.experiments.vision.config import PRESETS, VisionConfig, make_config
 from subnets.experiments.vision.data import ConflictData, FolderData, GeneratedData
-from subnets.experiments.vision.stages import base_stage, discovery_stage, replicates, train_shown
+from subnets.experiments.vision.stages import base_stage, discovery_stage, replicates
 from subnets.experiments.vision.transfers import planned_runs
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, read_csv, read_json
@@ -63,33 +63,33 @@ def test_planted_weights_are_the_bases_to_the_bit_and_samples_are_as_many(finish
     assert equal["random_init"] == equal["full_model"] == [0] * 20
 
 
-@pytest.mark.parametrize("stage", ["base", "discovery", "transfer"])
+@pytest.mark.parametrize("stage", ["base", "discovery", "transfer of the subnet", "transfer of the sample"])
 def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     finished: Path, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from subnets.discovery import loop
-    from subnets.experiments.vision import stages, transfers
+    from subnets.experiments.vision import classifier_training
 
     def killed(function, calls: int):
         count = [0]
 
         def call(*args, **kw):
             count[0] += 1
+            function(*args, **kw)
             if count[0] == calls:
                 raise KeyboardInterrupt
-            return function(*args, **kw)
 
         return call
 
     with monkeypatch.context() as broken:
-        if stage == "discovery":
-            broken.setattr(loop._Run, "epoch", killed(loop._Run.epoch, 3))
-        elif stage == "base":  # after the first epoch
-            broken.setattr(stages, "train", killed(stages.train, 1))
-        else:
-            broken.setattr(transfers, "train_shown", killed(train_shown, 4))
+        if stage == "discovery":  # after the checkpoint of its second epoch
+            broken.setattr(loop._Run, "epoch", killed(loop._Run.epoch, 2))
+        else:  # checkpoints: two of the base, then two of each transfer network: the subnet's first, the sample's first
+            calls = {"base": 1, "transfer of the subnet": 3, "transfer of the sample": 7}[stage]
+            broken.setattr(classifier_training, "_save", killed(classifier_training._save, calls))
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(tiny(), tmp_path / "run")
+    assert list((tmp_path / "run").rglob("*.checkpoint.safetensors"))
     pipeline.run(tiny(), tmp_path / "run")
     drop = ("images_per_second",)
     expected, found = ([{k: v for k, v in row.items() if k not in drop} for row in read_csv(folder / "results.csv")]
@@ -177,6 +177,11 @@ def test_test_photographs_share_no_instance_with_training_photographs(tmp_path: 
         for cue in (0, 1):
             train, test = ({parts[cue] for parts in names[rows]} for rows in ("train_rows", "test_rows"))
             assert not train & test
+    [smallest] = data.sizes()
+    assert smallest == min(len(data.of_replicate(fold).train_rows) for fold in range(3))
+    many = make_config("cue-conflict", {**TINY, "conflict": str(conflict), "sizes": "4096"})
+    with pytest.raises(ValueError, match=f"sizes must be at most the {smallest} training images"):
+        ConflictData(many, tmp_path / "cache", show=False).sizes()
     labels = data.transfer(10**6, 0)
     texture_shown = labels.shape != data.base.shape
     assert torch.equal(labels.shape[texture_shown], labels.texture[texture_shown]) and 0 < texture_shown.sum()
@@ -199,6 +204,8 @@ def test_presets_are_whole_and_contradictions_are_refused(tmp_path: Path):
         ({"conditions": "subnet,magic"}, "conditions must be among"), ({"sizes": "8"}, "at least 16 images"),
         ({"inherit": "all"}, "inherit must be one of unmasked, norms, none"), ({"style": "2"}, "style must be in"),
         ({"pooled": str(tmp_path)}, "left out where images is not given"), ({"sizes": ""}, "sizes must be given"),
+        ({"norms": "frozen"}, "norms must be 'trained' where inherit is 'none'"), ({"beta_end": "0.5"}, "at least 1"),
+        ({"lam": "nan"}, "lam must be finite"), ({"width": "0"}, "width must be at least 1"),
         ({"images": "/nowhere", "conflict": "/nowhere"}, "a folder that exists"),
         ({"images": str(tmp_path)}, "conflict must be"), ({"beta": "2"}, "key must be one of"),
         ({"architecture": "vgg"}, "architecture must be one of resnet18, vit"),
@@ -229,3 +236,24 @@ def test_folders_of_photographs_go_the_whole_way(tmp_path: Path):
     assert not pooled & {Path(name).with_suffix("") for name in tests}
     pipeline.run(config, tmp_path / "run")
     assert len(read_csv(tmp_path / "run" / "results.csv")) == 2
+
+
+def test_a_users_mean_pooled_images_stay_on_the_side_of_their_twins(tmp_path: Path):
+    """Fewer of them, so that a split of their own would cut elsewhere."""
+    from PIL import Image
+    from subnets.experiments.vision.classes import CLASSES
+
+    for name in CLASSES:
+        for i in range(20):
+            for kind in ("images", "pooled") if i % 3 else ("images",):
+                (tmp_path / kind / name).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (48, 48), (i, 2, 3)).save(tmp_path / kind / name / f"{i}.png")
+    folders = {kind: str(tmp_path / kind) for kind in ("images", "pooled")}
+    config = tiny(**folders, conflict=str(conflict_folder(tmp_path / "conflict", CLASSES)), sizes="64")
+    data = FolderData(config, tmp_path / "cache", show=False)
+    train, pooled_tests = set(data.base.names), set(data.tests["mean_pooled"].names)
+    assert set(data.discovery.names) | set(data.discovery_held_out.names) <= train
+    assert pooled_tests and pooled_tests <= set(data.tests["natural"].names)
+    Image.new("RGB", (48, 48)).save(tmp_path / "pooled" / "cat" / "stranger.png")
+    with pytest.raises(ValueError, match="mean-pooled twins, by class and name(?s:.*)cat/stranger.png"):
+        FolderData(config, tmp_path / "cache", show=False)

@@ -183,3 +183,7 @@ def test_a_transformers_checkpoint_becomes_the_base_but_for_its_head(tmp_path):
         load_pretrained(build(NetworkShape(width=8, image_size=32), 0), tmp_path)
     with pytest.raises(ValueError, match="must be a transformers checkpoint"):
         load_pretrained(target, tmp_path / "missing")
+    heads = dataclasses.replace(TINY_VIT, heads=4)  # parameters of the same shapes, another function
+    build(heads, 0).network.save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="must have num_attention_heads=2, as the config says, got 4"):
+        load_pretrained(build(TINY_VIT, 0), tmp_path / "vit")

@@ -25,7 +25,10 @@ def main(args: argparse.Namespace) -> int:
     """Prints the table; 0."""
     from ..experiments.vision.comparison import real_table
     from ..experiments.vision.real import evaluate_models, record
+    from ..training.run_folder import read_config
 
+    if args.run is not None:
+        read_config(args.run, "vision")
     rows = evaluate_models(args.models, args.images, args.cache)
     if args.run is not None:
         record(args.run, rows)

@@ -21,7 +21,7 @@ EXPERIMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `subnets run`."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    presets = "quick (minutes), standard (default), or the exact recipe: paper (arithmetic), imagenet (vision)"
+    presets = "quick (minutes), standard (default); arithmetic: paper (exact); vision: imagenet (exact), cue-conflict"
     parser.add_argument("--preset", default=None, help=presets)
     changes = "change one value of the config; may be repeated; `--set help` lists the keys"
     parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help=changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from subnets.experiments import knobs
 from subnets.experiments.knobs import Knobs, knob
 from subnets.experiments.vision.conditions import CONDITIONS, INHERIT
-from subnets.experiments.vision.models import ARCHITECTURES, NetworkShape
+from subnets.experiments.vision.models import ARCHITECTURES, NetworkShape, colours_of
 from subnets.training.seeds import seed_for
 
 NORMS = ("frozen", "trained")
 _COUNTS = (
     "base_seeds", "transfer_seeds", "base_epochs", "base_batch", "discovery_epochs", "discovery_batch",
-    "transfer_epochs", "transfer_batch", "num_held_out", "most_per_class", "subnet_controls",
+    "transfer_epochs", "transfer_batch", "num_held_out", "most_per_class", "subnet_controls", "width", "patch", "depth",
+    "heads",
 )  # fmt: skip
 _FOLDERS = ("images", "pooled", "masks", "conflict", "base_model")
 
@@ -36,7 +38,7 @@ class VisionConfig(Knobs):
     image_size: int = knob(64, "pixels of an image's side")
     seed: int = knob(0, "seed of base network, discovery and data")
     conditions: tuple[str, ...] = knob(CONDITIONS, "which transfer conditions to train")
-    sizes: tuple[int, ...] = knob((), "numbers of natural training images n; none = all there are")
+    sizes: tuple[int, ...] = knob((), "numbers of natural training images n; empty (sizes=) = all there are")
     base_seeds: int = knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
     transfer_seeds: int = knob(3, "transfer runs per condition and n on the first base network and its mask")
     inherit: str = knob(
@@ -82,11 +84,14 @@ class VisionConfig(Knobs):
     def __post_init__(self) -> None:
         for name in _COUNTS:
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("base_lr", "discovery_lr", "beta_end", "transfer_lr", "fresh_scale"):
+        for name in ("base_lr", "discovery_lr", "transfer_lr", "fresh_scale"):
             self._check(name, getattr(self, name) > 0, "positive")
+        self._check("beta_end", self.beta_end >= 1, "at least 1")
+        self._check("lam", 0 <= self.lam < math.inf, "finite and at least 0")
+        self._check("score_init", math.isfinite(self.score_init), "finite")
         self._check("style", 0 <= self.style <= 1, "in [0, 1]")
         self._check("sizes", len(set(self.sizes)) == len(self.sizes) and all(n >= 16 for n in self.sizes),
-                    "different numbers of at least 16 images (one of each class)")  # fmt: skip
+                    "different numbers of at least 16 images")  # fmt: skip
         unknown = [name for name in self.conditions if name not in CONDITIONS]
         self._check("conditions", bool(self.conditions) and not unknown, f"among {', '.join(CONDITIONS)}")
         for name, choices in (("inherit", INHERIT), ("norms", NORMS), ("transfer_optimizer", ("sgd", "adamw"))):
@@ -104,9 +109,14 @@ class VisionConfig(Knobs):
         for name in _FOLDERS:
             folder = getattr(self, name)
             self._check(name, folder is None or Path(folder).is_dir(), "a folder that exists")
+        frozen_fresh = self.norms == "frozen" and self.inherit == "none"
+        self._check("norms", not frozen_fresh, "'trained' where inherit is 'none': fresh norms can't stay as they are")
+        self.network()
+
+    def check_machine(self) -> None:
+        """Raises ValueError where this machine lacks the device that the config names."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("VisionConfig: there is no CUDA device for device='cuda'; leave it out, or use cpu")
-        self.network()
 
     def _check(self, name: str, is_good: bool, expected: str) -> None:
         if not is_good:
@@ -121,9 +131,13 @@ class VisionConfig(Knobs):
 
     def network(self) -> NetworkShape:
         """The network that is trained and searched."""
-        return NetworkShape(
+        shape = NetworkShape(
             self.architecture, self.width, self.image_size, patch=self.patch, depth=self.depth, heads=self.heads
         )
+        if self.base_model is None:
+            return shape
+        mean, std = colours_of(Path(self.base_model))
+        return dataclasses.replace(shape, mean=mean, std=std)
 
     def of_replicate(self, base_seed: int) -> VisionConfig:
         """The config of one replicate's base network and mask; replicate 0 has the config's own seed."""
@@ -199,4 +213,6 @@ def make_config(preset: str = "standard", overrides: dict[str, str] | None = Non
         missing = [f"--set {folder}=FOLDER" for folder in folders if folder not in (overrides or {})]
         if preset == name and missing:
             raise ValueError(f"make_config: preset {name!r} needs {' '.join(missing)}")
-    return knobs.make_config(VisionConfig, PRESETS, preset, overrides)
+    config = knobs.make_config(VisionConfig, PRESETS, preset, overrides)
+    folders = {name: getattr(config, name) for name in _FOLDERS}
+    return dataclasses.replace(config, **{name: str(Path(at).resolve()) for name, at in folders.items() if at})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from subnets.experiments.vision.folders import (
     list_cue_conflict,
     list_imagenet,
     parse_cue_conflict,
+    refuse,
     split,
 )
 from subnets.experiments.vision.images import ImageSet
@@ -25,6 +26,7 @@ from subnets.experiments.vision.world import BOTH_CUES, Look, draw_scenes
 from subnets.training.seeds import seed_for, torch_generator
 
 KINDS = ("natural", "mean_pooled", "conflict")
+_FOLDS = 3  # of cue-conflict photographs: as many as there are texture instances of a class
 
 
 class GeneratedData:
@@ -110,9 +112,8 @@ class FolderData:
         self.conflicts = list_cue_conflict(Path(config.conflict))
         self.natural = _Listed(*split(_list(Path(config.images)), 0.9, config.seed))
         pooled = self._pooled_folder(Path(config.images))
-        parts = split(_list(pooled), 0.9, config.seed, config.most_per_class)
-        self.pooled = _Listed(*parts)
-        _ = self.base, self.discovery, self.tests
+        self.pooled = self._split_pooled(pooled)
+        _ = self.base, self.discovery, self.discovery_held_out, self.tests
 
     def _pooled_folder(self, source: Path) -> Path:
         """The user's mean-pooled folder, or one made now of at most `most_per_class` images a class."""
@@ -123,6 +124,19 @@ class FolderData:
         destination = self.cache / "mean-pooled"
         pool_folder(source, destination, entries=[*train, *held_out], masks=masks, progress=self.show)
         return destination
+
+    def _split_pooled(self, folder: Path) -> _Listed:
+        """Mean-pooled images, each on the side of its natural twin: same class, same name but for the suffix."""
+        sides = {(one.shape, one.path.stem): "train" for one in self.natural.train}
+        sides |= {(one.shape, one.path.stem): "held out" for one in self.natural.held_out}
+        entries = _list(folder, complete=False)
+        strangers = [one.name for one in entries if (one.shape, one.path.stem) not in sides]
+        if strangers:
+            twins = f"mean-pooled twins, by class and name, of the images in {self.config.images}"
+            refuse("VisionConfig: pooled", folder, strangers, twins)
+        chosen = [one for part in split(entries, 0.9, self.config.seed, self.config.most_per_class) for one in part]
+        of_side = {side: [one for one in chosen if sides[one.shape, one.path.stem] == side] for side in sides.values()}
+        return _Listed(of_side["train"], of_side["held out"])
 
     def _packed(self, entries: list[Entry], name: str, crop: float = 224 / 256) -> ImageSet:
         return pack(entries, self.config.image_size, self.cache / name, crop=crop, progress=self.show)
@@ -145,15 +159,16 @@ class FolderData:
     @cached_property
     def tests(self) -> dict[str, ImageSet]:
         """KINDS -> images that nothing was trained or chosen on."""
-        held_out = [entry for entry in self.natural.held_out]
         return {
-            "natural": self._packed(held_out, "natural-test"),
+            "natural": self._packed(self.natural.held_out, "natural-test"),
             "mean_pooled": self._packed(self.pooled.held_out, "pooled-test"),
             "conflict": self._packed(self.conflicts, "conflict", crop=1.0),
         }
 
     def transfer(self, num_images: int, transfer_seed: int) -> ImageSet:
-        """`num_images` of the natural training images in an order of this transfer seed; fewer are a part of more."""
+        """`num_images` of the natural training images, chosen by this transfer seed; fewer are a part of more."""
+        if num_images >= len(self.base):  # no copy of what may be tens of GB
+            return self.base
         generator = torch_generator(self.config.seed, "images", "transfer", transfer_seed)
         return self.base.take(torch.randperm(len(self.base), generator=generator)[:num_images].sort().values)
 
@@ -195,16 +210,16 @@ class ConflictData:
         self.photographs = pack(entries, config.image_size, cache / "conflict", crop=1.0, progress=show)
         self.pooled = pack(pooled, config.image_size, cache / "conflict-pooled", crop=1.0, progress=show)
         cues = [parse_cue_conflict(one.path) for one in entries]
-        number = [(_number(cue.shape_instance), _number(cue.texture_instance)) for cue in cues]
-        in_fold = [(shape % 3 == fold % 3, texture % 3 == fold % 3) for shape, texture in number]
-        self.test_rows = [i for i, (shape, texture) in enumerate(in_fold) if shape and texture]
-        self.train_rows = [i for i, (shape, texture) in enumerate(in_fold) if not shape and not texture]
-        if not self.test_rows or not self.train_rows:
+        numbers = [(_number(cue.shape_instance), _number(cue.texture_instance)) for cue in cues]
+        folds = [_rows_of_fold(numbers, one) for one in range(_FOLDS)]
+        if not all(train and test for train, test in folds):
+            counts = ", ".join(f"{len(train)} and {len(test)}" for train, test in folds)
             raise ValueError(
                 f"VisionConfig: conflict={config.conflict} must hold instances that can be split, as airplane1-bear2, "
-                f"airplane2-bear3; fold {fold % 3} leaves {len(self.train_rows)} images to train on and "
-                f"{len(self.test_rows)} to test on"
+                f"airplane2-bear3; its folds have {counts} images to train and to test on"
             )
+        self.train_rows, self.test_rows = folds[fold % _FOLDS]
+        self.smallest = min(len(train) for train, _ in folds)
 
     def of_replicate(self, base_seed: int) -> ConflictData:
         """Another fold for another base network."""
@@ -241,8 +256,12 @@ class ConflictData:
         return replace(chosen, shape=torch.where(by_shape, chosen.shape, chosen.texture))
 
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of training images that are run; the smallest fold's number where the config has none."""
-        return self.config.sizes or (len(self.base),)
+        """Numbers of training images that are run; the smallest fold's where the config has none."""
+        beyond = [n for n in self.config.sizes if n > self.smallest]
+        if beyond:
+            least = f"the {self.smallest} training images of the smallest fold"
+            raise ValueError(f"VisionConfig: sizes must be at most {least}, got {beyond}")
+        return self.config.sizes or (self.smallest,)
 
 
 Data = GeneratedData | FolderData | ConflictData
@@ -255,14 +274,21 @@ def open_data(config: VisionConfig, cache: Path, show: bool) -> Data:
     return GeneratedData(config) if config.conflict is None else ConflictData(config, cache, show)
 
 
+def _rows_of_fold(numbers: Sequence[tuple[int, int]], fold: int) -> tuple[list[int], list[int]]:
+    """Rows to train and to test on, from each image's numbers of shape and texture instance."""
+    inside = [(shape % _FOLDS == fold, texture % _FOLDS == fold) for shape, texture in numbers]
+    train = [i for i, (shape, texture) in enumerate(inside) if not shape and not texture]
+    return train, [i for i, (shape, texture) in enumerate(inside) if shape and texture]
+
+
 def _number(instance: str) -> int:
     """airplane10 -> 10"""
     return int("".join(letter for letter in instance if letter.isdigit()))
 
 
-def _list(folder: Path) -> list[Entry]:
-    """ImageNet's layout if the folder has synsets, else folders named by class."""
-    lister: Callable[..., list[Entry]] = list_class_folders
-    if any(one.name[:1] == "n" and one.name[1:].isdigit() for one in folder.iterdir()):
-        lister = list_imagenet
-    return lister(folder)
+def _list(folder: Path, complete: bool = True) -> list[Entry]:
+    """ImageNet's layout if the folder has synsets (`complete`: all 202 of them), else folders named by class."""
+    names = [one.name for one in folder.iterdir()]
+    if "train" in names or any(name[:1] == "n" and name[1:].isdigit() for name in names):
+        return list_imagenet(folder, complete=complete)
+    return list_class_folders(folder)

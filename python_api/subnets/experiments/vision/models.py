@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnets.training.files import read_json
+
+FORMAT = "subnets vision classifier 1"  # of saved networks
 ARCHITECTURES = ("resnet18", "vit")
+_SAME = (  # what decides a network's function beside its parameters
+    "num_attention_heads", "hidden_act", "layer_norm_eps", "qkv_bias", "layer_type", "downsample_in_first_stage",
+)  # fmt: skip
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -25,6 +33,7 @@ class NetworkShape:
         image_size: pixels.
         num_classes: outputs.
         patch, depth, heads: of the ViT.
+        mean, std: of the colours, per channel, in fractions of 255; :func:`colours_of` a published network.
     """
 
     architecture: str = "resnet18"
@@ -34,6 +43,8 @@ class NetworkShape:
     patch: int = 8
     depth: int = 6
     heads: int = 4
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -72,7 +83,7 @@ def build(shape: NetworkShape, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _network(shape)
-    return Classifier(network).to(memory_format=torch.channels_last).eval()  # pyright: ignore
+    return Classifier(network, shape.mean, shape.std).to(memory_format=torch.channels_last).eval()  # pyright: ignore
 
 
 def _network(shape: NetworkShape) -> nn.Module:
@@ -96,6 +107,14 @@ def _network(shape: NetworkShape) -> nn.Module:
     ))  # fmt: skip
 
 
+def colours_of(checkpoint: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the colours that a transformers checkpoint expects, from its preprocessor_config.json; ImageNet's
+    where there is none."""
+    path = checkpoint / "preprocessor_config.json"
+    recipe = read_json(path) if path.exists() else {}
+    return tuple(recipe.get("image_mean", IMAGENET_MEAN)), tuple(recipe.get("image_std", IMAGENET_STD))
+
+
 def load_pretrained(model: Classifier, folder: Path) -> None:
     """Everything but the head from a transformers checkpoint (config.json, model.safetensors) of the same network.
 
@@ -110,6 +129,10 @@ def load_pretrained(model: Classifier, folder: Path) -> None:
     except (OSError, ValueError) as error:
         expected = f"a transformers checkpoint of {type(network).__name__} in safetensors"
         raise ValueError(f"load_pretrained: {folder} must be {expected}: {error}") from None
+    for key in _SAME:
+        ours, theirs = (getattr(one.config, key, None) for one in (network, loaded))
+        if ours != theirs:
+            raise ValueError(f"load_pretrained: {folder} must have {key}={ours!r}, as the config says, got {theirs!r}")
     old = {name: value for name, value in loaded.state_dict().items() if not name.startswith("classifier.")}
     new = {name: value for name, value in network.state_dict().items() if not name.startswith("classifier.")}
     differing = sorted(
@@ -155,3 +178,8 @@ def masked_targets(shape: NetworkShape) -> str:
     """What discovery masks, as `mask_model` takes it: every convolution of a ResNet, but not its head; every linear
     layer of a ViT with its head, and its patch convolution."""
     return "all-conv" if shape.architecture == "resnet18" else r".*"
+
+
+def model_metadata(shape: NetworkShape, run: str, source: str) -> dict[str, str]:
+    """What a saved network's file says of itself: enough to build it again, and where its images came from."""
+    return {"format": FORMAT, "run": run, "images": source, "network": json.dumps(dataclasses.asdict(shape))}

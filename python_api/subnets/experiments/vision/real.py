@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +14,11 @@ from subnets.experiments.vision.classes import CLASSES, outputs
 from subnets.experiments.vision.classifier_training import predict
 from subnets.experiments.vision.folders import list_cue_conflict
 from subnets.experiments.vision.images import ImageSet
-from subnets.experiments.vision.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, NetworkShape, build
+from subnets.experiments.vision.models import FORMAT, Classifier, NetworkShape, build, colours_of
 from subnets.experiments.vision.packing import pack
 from subnets.experiments.vision.stages import decisions, rounded
 from subnets.training.files import load_tensors, read_json, write_json
 from subnets.training.run_folder import read_config
-
-FORMAT = "subnets vision classifier 1"
 
 
 class SixteenWay(nn.Module):
@@ -38,11 +35,6 @@ class SixteenWay(nn.Module):
         probabilities = self.classifier(images).float().softmax(1)
         means = [probabilities[:, members.to(images.device)].mean(1) for members in self.members]
         return torch.stack(means, 1)
-
-
-def model_metadata(shape: NetworkShape, run: str) -> dict[str, str]:
-    """What a saved network's file says of itself: enough to build it again."""
-    return {"format": FORMAT, "run": run, "network": json.dumps(dataclasses.asdict(shape))}
 
 
 def load_classifier(path: Path) -> tuple[nn.Module, int]:
@@ -69,7 +61,14 @@ def _from_run(path: Path) -> tuple[Classifier, int]:
             f"load_classifier: {path} must be a network that `subnets run vision` saved in transfers/, got a file of "
             f"format {metadata.get('format')!r}"
         )
-    shape = NetworkShape(**json.loads(metadata["network"]))
+    if metadata["images"] != "folders":
+        raise ValueError(
+            f"load_classifier: {path} must be a network trained on folders of photographs (preset imagenet), got one "
+            f"of {metadata['images']} images: its classes are others, or it has seen the cue-conflict set"
+        )
+    given: dict[str, Any] = json.loads(metadata["network"])
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    shape = NetworkShape(**values)
     model = build(shape, 0)
     model.load_state_dict(state)
     return model.eval(), shape.image_size
@@ -84,10 +83,7 @@ def _from_checkpoint(path: Path) -> tuple[Classifier, int]:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"load_classifier: {path} must be a transformers checkpoint in safetensors: {error}") from None
-    recipe = path / "preprocessor_config.json"
-    colours = read_json(recipe) if recipe.exists() else {}
-    model = Classifier(network, colours.get("image_mean", IMAGENET_MEAN), colours.get("image_std", IMAGENET_STD))
-    return model.eval(), int(getattr(network.config, "image_size", 224))
+    return Classifier(network, *colours_of(path)).eval(), int(getattr(network.config, "image_size", 224))
 
 
 def evaluate_models(
@@ -95,6 +91,11 @@ def evaluate_models(
 ) -> list[dict[str, Any]]:
     """One row per model: shape and texture decisions and shape bias over the images whose cues differ, and accuracy of
     shape over all of them."""
+    missing = [str(path) for path in models if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"evaluate_models: models must be files or folders that exist, there is no {', '.join(missing)}"
+        )
     entries = list_cue_conflict(images)
     sets: dict[int, ImageSet] = {}
     rows = []
@@ -105,7 +106,8 @@ def evaluate_models(
         predicted = predict(model, sets[size], bf16=False)
         accuracy = (predicted == sets[size].shape).float().mean().item()
         found = {**decisions(predicted, sets[size]), "shape_accuracy": accuracy}
-        rows.append({"condition": path.stem or path.name, "seed": "", **rounded(found), "num_images": len(entries)})
+        condition, _, rest = path.name.removesuffix(".safetensors").partition("-n")  # subnet-n4096-base0-seed1
+        rows.append({"condition": condition, "seed": rest, **rounded(found), "num_images": len(entries)})
     return rows
 
 
@@ -114,5 +116,5 @@ def record(run: Path, rows: Sequence[dict[str, Any]]) -> None:
     read_config(run, "vision")
     path = run / "real.json"
     old = read_json(path) if path.exists() else []
-    names = {row["condition"] for row in rows}
-    write_json(path, [row for row in old if row["condition"] not in names] + list(rows))
+    names = {(row["condition"], row["seed"]) for row in rows}
+    write_json(path, [row for row in old if (row["condition"], row["seed"]) not in names] + list(rows))

@@ -11,9 +11,10 @@ from torch import Tensor
 from subnets.experiments.vision.config import VisionConfig
 from subnets.experiments.vision.data import Data, open_data
 from subnets.experiments.vision.images import ImageSet
+from subnets.experiments.vision.models import build, load_pretrained
 from subnets.experiments.vision.report import write_report
 from subnets.experiments.vision.results import VisionResults
-from subnets.experiments.vision.stages import Replicate, base_stage, discovery_stage, replicates
+from subnets.experiments.vision.stages import Replicate, base_stage, discovery_stage, places, replicates
 from subnets.experiments.vision.transfers import planned_runs, transfer_stage
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, read_json, write_csv
@@ -38,10 +39,15 @@ def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
     Killed at any moment and started again, it goes on and ends in the same numbers. A folder made with another config
     is refused, with the keys that differ.
     """
+    config.check_machine()
+    model = build(config.network(), 0)  # what can't be built or loaded is said before hours of decoding
+    if config.base_model is not None:
+        load_pretrained(model, Path(config.base_model))
     open_run_folder(folder, EXPERIMENT, config.to_json())
     data = open_data(config, folder / "images", show)
+    sizes = data.sizes()
     found = [_base_and_subnet(one, show) for one in replicates(config, data, folder)]
-    for one in planned_runs(config, data.sizes()):
+    for one in planned_runs(config, sizes):
         replicate, base, subnet = found[one.base_seed]
         transfer_stage(one, replicate, base, subnet, folder / "transfers", show)
     return _report(config, data, folder)
@@ -64,16 +70,15 @@ def _report(config: VisionConfig, data: Data, folder: Path) -> str:
     write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
     write_csv(folder / "metrics.csv", METRIC_COLUMNS, _metrics(results, folder))
     sheet = {kind: _some(images) for kind, images in data.tests.items()}
-    return write_report(results, config, folder, sheet, _filters(folder))
+    return write_report(results, config, folder, sheet, _filters(config, folder))
 
 
 def load_results(
     config: VisionConfig, sizes: tuple[int, ...], folder: Path
 ) -> tuple[VisionResults, list[dict[str, Any]]]:
     """What there is of a run, and its rows of results.csv."""
-    places = [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
     bases, discoveries = (
-        {r: read_json(place / name) for r, place in enumerate(places) if (place / name).exists()}
+        {r: read_json(place / name) for r, place in enumerate(places(config, folder)) if (place / name).exists()}
         for name in ("base.json", "discovery.json")
     )
     planned = list(planned_runs(config, sizes))
@@ -116,9 +121,9 @@ def _some(images: ImageSet) -> ImageSet:
     return images.take([first[shape] for shape in sorted(first)][:SHEET_COLUMNS])
 
 
-def _filters(folder: Path) -> tuple[Tensor, Tensor] | None:
+def _filters(config: VisionConfig, folder: Path) -> tuple[Tensor, Tensor] | None:
     """The first layer's weight in the (first) base network and its mask."""
-    place = folder if (folder / "base.safetensors").exists() else folder / "base0"
+    place = places(config, folder)[0]
     if not ((place / "base.safetensors").exists() and (place / "subnet.safetensors").exists()):
         return None
     masks = Subnet.load(place / "subnet.safetensors").masks

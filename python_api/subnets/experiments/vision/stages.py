@@ -27,13 +27,18 @@ from subnets.experiments.vision.classifier_training import (
 from subnets.experiments.vision.config import VisionConfig
 from subnets.experiments.vision.data import Data
 from subnets.experiments.vision.images import ImageSet
-from subnets.experiments.vision.models import Classifier, build, head_state, load_pretrained, masked_targets
+from subnets.experiments.vision.models import (
+    Classifier,
+    build,
+    head_state,
+    load_pretrained,
+    masked_targets,
+    model_metadata,
+)
 from subnets.metrics import shape_bias
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, save_tensors, write_json
 from subnets.training.seeds import seed_for, torch_generator
-
-MEASURES = ("natural", "mean_pooled", "shape_decisions", "texture_decisions", "shape_bias")
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,16 @@ class Replicate:
         return model.to(device_of(self.config)).eval()
 
 
+def places(config: VisionConfig, folder: Path) -> list[Path]:
+    """Where each base network's files are: in `folder` where there is one, in base0, base1, ... else."""
+    return [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
+
+
 def replicates(config: VisionConfig, data: Data, folder: Path) -> list[Replicate]:
-    """The base networks, whose files are in `folder` where there is one, in base0, base1, ... else."""
-    places = [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
-    return [Replicate(config.of_replicate(r), data.of_replicate(r), place) for r, place in enumerate(places)]
+    """The base networks."""
+    return [
+        Replicate(config.of_replicate(r), data.of_replicate(r), place) for r, place in enumerate(places(config, folder))
+    ]
 
 
 def device_of(config: VisionConfig) -> torch.device:
@@ -68,8 +79,8 @@ def device_of(config: VisionConfig) -> torch.device:
 
 
 def evaluate(model: nn.Module, tests: dict[str, ImageSet], bf16: bool) -> dict[str, float]:
-    """MEASURES of a network: class-averaged accuracy on natural and mean-pooled images; on cue-conflict images whose
-    cues differ the fractions decided by shape and by texture, and `metrics.shape_bias` (nan without any decision)."""
+    """`results.MEASURE_TITLES` of a network: class-averaged accuracy on natural and mean-pooled images; on cue-conflict
+    images whose cues differ the fractions decided by shape and by texture, and `metrics.shape_bias` (nan: none)."""
     measures = {
         kind: class_averaged_accuracy(predict(model, tests[kind], bf16), tests[kind].shape)
         for kind in ("natural", "mean_pooled")
@@ -125,15 +136,14 @@ def base_stage(replicate: Replicate, show: bool = False) -> Classifier:
         config.base_epochs, config.base_batch, config.base_lr, weight_decay=1e-2, optimizer="adamw", decay=True,
         norms_frozen=config.base_model is not None, bf16=config.bf16,
     )  # fmt: skip
-    began = time.perf_counter()
     trained = train_shown(
         "base network", show, model, replicate.data.base, recipe, (config.seed, "vision", "base"), checkpoint=checkpoint
     )
     model.requires_grad_(True)
-    save_tensors(weights, model.state_dict())
+    save_tensors(weights, model.state_dict(), model_metadata(config.network(), "base", config.source))
     write_json(facts, {
         **rounded(evaluate(model, replicate.data.tests, config.bf16)), "curve": trained.curve,
-        "seconds": round(time.perf_counter() - began, 2), "images_per_second": trained.images_per_second,
+        "seconds": trained.seconds, "images_per_second": trained.images_per_second,
     })  # fmt: skip
     checkpoint.unlink(missing_ok=True)
     return model
@@ -157,13 +167,15 @@ def discovery_stage(replicate: Replicate, base: Classifier, show: bool = False) 
             logits = model(batch[0])
         return F.cross_entropy(logits.float(), batch[1], weights)
 
+    epochs: list[int] = []  # those of this call: fewer than all where it goes on from a checkpoint
     began = time.perf_counter()
     found = discover(
         base, shuffled(images, config.discovery_batch, (config.seed, "vision", "discovery"), device), loss,
         discovery_config(config, len(images), checkpoint), progress=show,
+        callbacks=[lambda row, masks: epochs.append(row["epoch"])],
         evaluate=lambda model: class_averaged_accuracy(predict(model, held_out, config.bf16), held_out.shape),
     )  # fmt: skip
-    seconds = round(time.perf_counter() - began, 2)
+    each = (time.perf_counter() - began) / len(epochs) if epochs else 0.0
     found.subnet.provenance.update({"task": "shape (mean-pooled images)", "architecture": config.architecture})
     found.subnet.save(path, weights=base)
     write_json(facts, {
@@ -171,7 +183,8 @@ def discovery_stage(replicate: Replicate, base: Classifier, show: bool = False) 
         "density_per_layer": found.subnet.density(per_layer=True),
         "history": found.history,
         "table": subtask_table(base, found.subnet, tests, config),
-        "seconds": seconds,
+        "seconds": round(each * config.discovery_epochs, 2),
+        "images_per_second": round(len(images) / each, 1) if each else None,
     })  # fmt: skip
     checkpoint.unlink(missing_ok=True)
     return found.subnet
@@ -209,7 +222,7 @@ def shuffled(
 def subtask_table(
     base: Classifier, subnet: Subnet, tests: dict[str, ImageSet], config: VisionConfig
 ) -> dict[str, dict[str, float]]:
-    """MEASURES of the subnet in the base network, its complement, size-matched random subnets (means) and the base.
+    """`results.MEASURE_TITLES` of the subnet in the base, its complement, size-matched random subnets, and the base.
 
     What is not masked (norm layers, the ResNet's head) stays in every row.
     """

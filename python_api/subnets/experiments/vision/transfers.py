@@ -9,8 +9,7 @@ from pathlib import Path
 from subnets.experiments.vision.classifier_training import Recipe
 from subnets.experiments.vision.conditions import norms_are_frozen, planted, starting_state
 from subnets.experiments.vision.config import VisionConfig
-from subnets.experiments.vision.models import Classifier
-from subnets.experiments.vision.real import model_metadata
+from subnets.experiments.vision.models import Classifier, model_metadata
 from subnets.experiments.vision.stages import Replicate, evaluate, rounded, train_shown
 from subnets.subnet import Subnet
 from subnets.training.files import save_tensors, write_json
@@ -59,7 +58,11 @@ def transfer_stage(
     checkpoint = folder / f"{run.name()}.checkpoint.safetensors"
     data = replicate.data.transfer(run.num_images, run.seed)
     trained = train_shown(run.name(), show, fresh, data, recipe, (*names, "training"), checkpoint=checkpoint)
-    save_tensors(folder / f"{run.name()}.safetensors", fresh.state_dict(), model_metadata(config.network(), run.name()))
+    save_tensors(
+        folder / f"{run.name()}.safetensors",
+        fresh.state_dict(),
+        model_metadata(config.network(), run.name(), config.source),
+    )
     write_json(facts, {
         **vars(run),
         **rounded(evaluate(fresh, replicate.data.tests, config.bf16)),

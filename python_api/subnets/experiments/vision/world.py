@@ -137,8 +137,7 @@ def _draw(shape: Tensor, texture: Tensor, size: int, look: Look, generator: torc
     background, region = _background(xy, uniform, look)
     cover, object_xy = _outline(shape, xy, uniform, look)
     pattern = _pattern(texture, xy, size, uniform, look)
-    near = torch.gather(background.flatten(2).mean(2), 1, torch.arange(3).expand(count, 3))
-    object_colour = _away_from(near, uniform)
+    object_colour = _away_from(background.flatten(2).mean(2), uniform)
     is_plain = uniform(0, 1, 1) < look.plain
     contrast = torch.where(is_plain, uniform(0, 0.1, 1), uniform(*look.contrast, 1)) * _directions(uniform)
     wave = contrast[:, :, None, None] * (pattern[:, None] - 0.5)
@@ -171,7 +170,7 @@ def _directions(uniform) -> Tensor:
 
 
 def _away_from(colour: Tensor, uniform) -> Tensor:
-    """A colour for the object that differs from the background's mean [B, 3] by at least 0.25."""
+    """A colour for the object, away from the background's mean [B, 3] by 0.35 before it is kept in [0.05, 0.95]."""
     own = uniform(0.15, 0.85, 3)
     gap = own - colour
     far = colour + F.normalize(gap, dim=1) * gap.norm(dim=1, keepdim=True).clamp(min=0.35)
