@@ -19,7 +19,7 @@ from subnets.training.files import load_tensors, read_csv, read_json
 TINY = {
     "width": "4", "image_size": "32", "sizes": "32,64", "transfer_seeds": "1", "base_images": "96", "base_epochs": "2",
     "discovery_images": "96", "discovery_epochs": "3", "discovery_lr": "0.1", "transfer_epochs": "2",
-    "num_held_out": "32", "bf16": "false", "subnet_controls": "1", "device": "cpu",
+    "num_held_out": "32", "bf16": "false", "subnet_controls": "1", "device": "cpu", "workers": "1",
 }  # fmt: skip
 
 
@@ -98,6 +98,26 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_numbers(
     assert (tmp_path / "run" / "subnet.safetensors").exists()
     ours, theirs = (Subnet.load(folder / "subnet.safetensors").masks for folder in (finished, tmp_path / "run"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_networks_trained_side_by_side_are_those_trained_one_by_one(tmp_path: Path):
+    """One thread either way: the same numbers; and the second worker's base and subnet come from files."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        small = {"sizes": "32", "conditions": "subnet,sampled,random_init"}
+        for workers in ("1", "2"):
+            pipeline.run(tiny(workers=workers, **small), tmp_path / workers)
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (load_tensors(tmp_path / w / "transfers" / "subnet-n32-base0-seed0.safetensors")[0] for w in ("1", "2"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    drop = ("images_per_second",)
+    rows = [
+        [{k: v for k, v in row.items() if k not in drop} for row in read_csv(tmp_path / w / "results.csv")]
+        for w in "12"
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
 def test_a_finished_run_trains_nothing_again_and_another_config_is_refused(finished: Path):

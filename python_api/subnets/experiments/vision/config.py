@@ -79,11 +79,15 @@ class VisionConfig(Knobs):
     num_held_out: int = knob(1024, "generated images in each validation and test set")
     subnet_controls: int = knob(3, "size-matched random subnetworks that the table of the base compares with")
     bf16: bool = knob(True, "forward passes under bf16 autocast")
+    workers: int | None = knob(
+        None, "on a CPU: processes that train transfer networks side by side, one thread each; None = one per core"
+    )
     device: str | None = knob(None, "'cpu' or 'cuda'; None = cuda where there is one")
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("workers", self.workers is None or self.workers >= 1, "at least 1, or None")
         for name in ("base_lr", "discovery_lr", "transfer_lr", "fresh_scale"):
             self._check(name, getattr(self, name) > 0, "positive")
         self._check("beta_end", self.beta_end >= 1, "at least 1")

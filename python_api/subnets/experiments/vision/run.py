@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor
 from subnets.experiments.vision.config import VisionConfig
 from subnets.experiments.vision.data import Data, open_data
 from subnets.experiments.vision.images import ImageSet
-from subnets.experiments.vision.models import build, load_pretrained
+from subnets.experiments.vision.models import Classifier, build, load_pretrained
 from subnets.experiments.vision.report import write_report
 from subnets.experiments.vision.results import VisionResults
-from subnets.experiments.vision.stages import Replicate, base_stage, discovery_stage, places, replicates
-from subnets.experiments.vision.transfers import planned_runs, transfer_stage
+from subnets.experiments.vision.stages import Replicate, base_stage, device_of, discovery_stage, places, replicates
+from subnets.experiments.vision.transfers import TransferRun, planned_runs, transfer_stage
+from subnets.experiments.vision.workers import run_side_by_side
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, read_json, write_csv
 from subnets.training.run_folder import open_run_folder, read_config
@@ -47,15 +50,43 @@ def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
     data = open_data(config, folder / "images", show)
     sizes = data.sizes()
     found = [_base_and_subnet(one, show) for one in replicates(config, data, folder)]
-    for one in planned_runs(config, sizes):
-        replicate, base, subnet = found[one.base_seed]
-        transfer_stage(one, replicate, base, subnet, folder / "transfers", show)
+    missing = [one for one in planned_runs(config, sizes) if not one.facts(folder / "transfers").exists()]
+    workers = min(num_workers(config), len(missing))
+    if workers > 1:
+        run_side_by_side(_transfer_in_worker, folder, missing, workers, show)
+    else:
+        for one in missing:
+            transfer_stage(one, *found[one.base_seed], folder / "transfers", show)
     return _report(config, data, folder)
 
 
-def _base_and_subnet(replicate: Replicate, show: bool) -> tuple[Replicate, Any, Subnet]:
+def num_workers(config: VisionConfig) -> int:
+    """How many transfer networks are trained side by side: one on a GPU, else the config's, or one per core."""
+    if device_of(config).type == "cuda":
+        return 1
+    return config.workers or os.cpu_count() or 1
+
+
+def _base_and_subnet(replicate: Replicate, show: bool) -> tuple[Replicate, Classifier, Subnet]:
     base = base_stage(replicate, show)
     return replicate, base, discovery_stage(replicate, base, show)
+
+
+def _transfer_in_worker(folder: Path, one: TransferRun) -> None:
+    """One network in a process of its own, from what lies in the run folder."""
+    transfer_stage(one, *_opened(folder, one.base_seed), folder / "transfers", show=False)
+
+
+@cache
+def _opened(folder: Path, base_seed: int) -> tuple[Replicate, Classifier, Subnet]:
+    config, data = _opened_data(folder)
+    return _base_and_subnet(replicates(config, data, folder)[base_seed], show=False)
+
+
+@cache
+def _opened_data(folder: Path) -> tuple[VisionConfig, Data]:
+    config = VisionConfig.from_json(read_config(folder, EXPERIMENT))
+    return config, open_data(config, folder / "images", False)
 
 
 def report(folder: Path) -> str:
@@ -82,7 +113,7 @@ def load_results(
         for name in ("base.json", "discovery.json")
     )
     planned = list(planned_runs(config, sizes))
-    files = [folder / "transfers" / f"{one.name()}.json" for one in planned]
+    files = [one.facts(folder / "transfers") for one in planned]
     found = [read_json(path) for path in files if path.exists()]
     recipe = {
         "architecture": config.architecture, "inherit": config.inherit, "norms": config.norms,

@@ -30,6 +30,10 @@ class TransferRun:
         """The name of its files."""
         return f"{self.condition}-n{self.num_images}-base{self.base_seed}-seed{self.seed}"
 
+    def facts(self, folder: Path) -> Path:
+        """The file of its measures; once it is there, the run is done."""
+        return folder / f"{self.name()}.json"
+
 
 def planned_runs(config: VisionConfig, sizes: tuple[int, ...]) -> Iterator[TransferRun]:
     """All of them; those of one size and seed follow each other, so that a killed run can be compared soonest."""
@@ -42,10 +46,7 @@ def planned_runs(config: VisionConfig, sizes: tuple[int, ...]) -> Iterator[Trans
 def transfer_stage(
     run: TransferRun, replicate: Replicate, base: Classifier, subnet: Subnet, folder: Path, show: bool
 ) -> None:
-    """Trains one network unless its file is in `folder`; writes `<name>.json` (measures, curve) and the weights."""
-    facts = folder / f"{run.name()}.json"
-    if facts.exists():
-        return
+    """Trains one network; writes its weights and `<name>.json` (measures, curve) into `folder`."""
     config = replicate.config
     names = ("vision", "transfer", run.seed)
     fresh = replicate.model(seed=seed_for(*names, "init"))
@@ -63,7 +64,7 @@ def transfer_stage(
         fresh.state_dict(),
         model_metadata(config.network(), run.name(), config.source),
     )
-    write_json(facts, {
+    write_json(run.facts(folder), {
         **vars(run),
         **rounded(evaluate(fresh, replicate.data.tests, config.bf16)),
         "final_loss": round(trained.curve[-1]["loss"], 6),
