@@ -170,10 +170,11 @@ _BUNDLED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
+    "quick": {  # `pretrained` is left to the larger presets: here it ends where full_model does
         **_BUNDLED,
         "width": 16,
-        "sizes": (1024, 4096),
+        "conditions": tuple(name for name in CONDITIONS if name != "pretrained"),
+        "sizes": (512, 4096),
         "base_images": 8192,
         "base_epochs": 12,
         "discovery_images": 6144,
