@@ -19,7 +19,8 @@ from subnets.training.files import load_tensors, read_csv, read_json
 TINY = {
     "width": "4", "image_size": "32", "sizes": "32,64", "transfer_seeds": "1", "base_images": "96", "base_epochs": "2",
     "discovery_images": "96", "discovery_epochs": "3", "discovery_lr": "0.1", "transfer_epochs": "2",
-    "conditions": ",".join(CONDITIONS), "num_held_out": "32", "bf16": "false", "subnet_controls": "1", "device": "cpu", "workers": "1",
+    "conditions": ",".join(CONDITIONS), "num_held_out": "32", "bf16": "false", "subnet_controls": "1",
+    "device": "cpu", "workers": "1",
 }  # fmt: skip
 
 
