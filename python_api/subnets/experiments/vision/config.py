@@ -170,10 +170,10 @@ _BUNDLED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {  # `pretrained` is left to the larger presets: here it ends where full_model does
+    "quick": {
         **_BUNDLED,
         "width": 16,
-        "conditions": tuple(name for name in CONDITIONS if name != "pretrained"),
+        "conditions": ("subnet", "full_model", "sampled", "random_init"),
         "sizes": (512, 4096),
         "base_images": 8192,
         "base_epochs": 12,
