@@ -111,7 +111,8 @@ def replaced(condition: str, new: list[dict[str, Any]], size: int = 4000) -> Vis
 
 
 def config(**changes: Any) -> VisionConfig:
-    return dataclasses.replace(make_config("quick"), **{"inherit": "none", "norms": "trained", **changes})
+    usual = {"conditions": CONDITIONS, "inherit": "none", "norms": "trained"}
+    return dataclasses.replace(make_config("quick"), **{**usual, **changes})
 
 
 def test_spreads_are_over_the_runs_of_one_kind_and_leave_out_undefined_shape_biases() -> None:
