@@ -377,19 +377,3 @@ def test_only_the_images_of_a_split_are_pooled_and_more_can_follow(tmp_path: Pat
     assert pool_folder(source, pooled) == 16  # the others
     with pytest.raises(ValueError, match="entries must lie below source"):
         pool_folder(source, pooled, entries=there)
-
-
-def test_a_worker_that_is_killed_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Killed:
-        def __init__(self, *arguments: object, **options: object) -> None: ...
-
-        def map(self, *arguments: object, **options: object) -> None:
-            raise pooling.BrokenProcessPool
-
-        def shutdown(self, **options: object) -> None: ...
-
-    monkeypatch.setattr(pooling, "ProcessPoolExecutor", Killed)
-    source = make_folder(tmp_path / "images")
-    make_masks(tmp_path / "masks")
-    with pytest.raises(RuntimeError, match="a worker process was killed .*goes on where it stopped"):
-        pool_folder(source, tmp_path / "pooled", masks=tmp_path / "masks", workers=2)

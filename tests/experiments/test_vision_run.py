@@ -10,7 +10,7 @@ import torch
 from subnets.experiments.vision import run as pipeline
 from subnets.experiments.vision.conditions import CONDITIONS
 from subnets.experiments.vision.config import PRESETS, VisionConfig, make_config
-from subnets.experiments.vision.data import ConflictData, FolderData, GeneratedData
+from subnets.experiments.vision.data import FolderData, GeneratedData, open_data
 from subnets.experiments.vision.stages import base_stage, discovery_stage, replicates
 from subnets.experiments.vision.transfers import planned_runs
 from subnets.subnet import Subnet
@@ -187,11 +187,11 @@ def test_test_photographs_share_no_instance_with_training_photographs(tmp_path: 
 
     conflict = conflict_folder(tmp_path / "images", CLASSES)
     config = make_config("cue-conflict", {**TINY, "conflict": str(conflict), "sizes": ""})
-    data = ConflictData(config, tmp_path / "cache", show=False)
+    data = open_data(config, tmp_path / "cache", show=False)
     for fold in range(3):
         one = data.of_replicate(fold)
         names = {
-            rows: [Path(one.photographs.names[i]).stem.split("-") for i in getattr(one, rows)]
+            rows: [Path(one.photographs.images.names[i]).stem.split("-") for i in getattr(one, rows)]
             for rows in ("train_rows", "test_rows")
         }
         assert names["train_rows"] and names["test_rows"]
@@ -202,7 +202,7 @@ def test_test_photographs_share_no_instance_with_training_photographs(tmp_path: 
     assert smallest == min(len(data.of_replicate(fold).train_rows) for fold in range(3))
     many = make_config("cue-conflict", {**TINY, "conflict": str(conflict), "sizes": "4096"})
     with pytest.raises(ValueError, match=f"sizes must be at most the {smallest} training images"):
-        ConflictData(many, tmp_path / "cache", show=False).sizes()
+        open_data(many, tmp_path / "cache", show=False).sizes()
     labels = data.transfer(10**6, 0)
     texture_shown = labels.shape != data.base.shape
     assert torch.equal(labels.shape[texture_shown], labels.texture[texture_shown]) and 0 < texture_shown.sum()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from subnets.experiments import knobs
 from subnets.experiments.arithmetic.data import DISAMBIGUATION_SIZES
-from subnets.experiments.knobs import Knobs, knob
+from subnets.experiments.knobs import Experiment, knob
 from subnets.training.gpt2 import GPT2Shape
-from subnets.training.seeds import seed_for
 
 CONDITIONS = (
     "subnet",
@@ -29,16 +27,14 @@ INHERIT = ("unmasked", "none")
 
 
 @dataclass(frozen=True)
-class ArithmeticConfig(Knobs):
+class ArithmeticConfig(Experiment):
     """The exact recipe of the paper where nothing is changed; see `preset`."""
 
     preset: str = knob("paper", "name of the preset these values started from")
     layers: tuple[int, ...] = knob((4,), "depths to run, e.g. 2,4,6")
-    seed: int = knob(0, "seed of the base network, of discovery and of all data streams")
     inherit: str = knob("unmasked", "'unmasked': embeddings, norms and biases come from T1; 'none': fresh everywhere")
     conditions: tuple[str, ...] = knob(CONDITIONS, "which transfer conditions to train")
     sizes: tuple[int, ...] = knob(DISAMBIGUATION_SIZES, "numbers of disambiguation pairs n")
-    base_seeds: int = knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
     transfer_seeds: int = knob(5, "transfer runs per condition and n on the first base network and its mask")
     transfer_seeds_at: tuple[int, ...] | None = knob(
         None, "with base_seeds > 1: depths at which the first base has transfer_seeds runs, elsewhere one; None = all"
@@ -76,7 +72,6 @@ class ArithmeticConfig(Knobs):
     num_held_out: int = knob(1000, "pairs in each validation and test set")
 
     subnet_controls: int = knob(5, "size-matched random subnetworks that the S1 table compares with")
-    device: str | None = knob(None, "where all networks are trained, 'cpu' or 'cuda'; None = cuda where there is one")
     stack: int | None = knob(
         None, "most networks trained side by side (changes speed and rounding only); None = by device and its memory"
     )
@@ -113,25 +108,11 @@ class ArithmeticConfig(Knobs):
         rate = self.dropout if dropout is None else dropout
         return GPT2Shape(layers=layers, width=self.width, heads=self.heads, dropout=rate)
 
-    def of_replicate(self, base_seed: int) -> ArithmeticConfig:
-        """The config of one replicate's base network and mask: another seed, from which all their streams derive.
-
-        Replicate 0 has the config's own seed, so that it is the same network however many replicates there are. The
-        others' seeds come from a hash: a run with seed=1 shares nothing with replicate 1 of seed=0.
-        """
-        if base_seed == 0:
-            return self
-        return dataclasses.replace(self, seed=seed_for(self.seed, "replicate", base_seed) % 2**31)
-
     def seed_pairs(self, layers: int) -> list[tuple[int, int]]:
-        """(base seed, transfer seed) of the runs of one condition and n: (0, s) on the first base, then (r, r).
-
-        Replicates are the pairs (r, r). Transfer seed s names the same T2 data, order, dropout and fresh weights on
-        whichever base, so that (0, s) and (s, s) differ in base network and mask alone.
-        """
+        """(base seed, transfer seed) of the runs of one condition and n at one depth; see `pairs_of_seeds`."""
         depths = self.transfer_seeds_at
         on_first = self.transfer_seeds if self.base_seeds == 1 or depths is None or layers in depths else 1
-        return [(0, s) for s in range(on_first)] + [(r, r) for r in range(1, self.base_seeds)]
+        return self.pairs_of_seeds(on_first)
 
     def discovery_rate(self, layers: int) -> float:
         """The rate of the scores at one depth."""

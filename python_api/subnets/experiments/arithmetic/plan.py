@@ -39,9 +39,7 @@ def on_this_machine(config: ArithmeticConfig) -> ArithmeticConfig:
 
     On a GPU a stack is bounded by half of its memory at the deepest network.
     """
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"ArithmeticConfig: there is no CUDA device for device={device!r}; leave it out, or use cpu")
+    device = config.torch_device().type
     stack = config.stack
     if stack is None and device == "cpu":
         stack = CPU_STACK

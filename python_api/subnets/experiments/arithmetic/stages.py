@@ -45,8 +45,7 @@ class Depth:
 
 def replicates(config: ArithmeticConfig, layers: int, folder: Path) -> list[Depth]:
     """The base networks of one depth, whose folder is `folder`: in it where there is one, in base0, base1, ... else."""
-    places = [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
-    return [Depth(config.of_replicate(r), layers, place) for r, place in enumerate(places)]
+    return [Depth(config.of_replicate(r), layers, place) for r, place in enumerate(config.places(folder))]
 
 
 def train(

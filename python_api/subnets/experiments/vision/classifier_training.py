@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ Report = Callable[[int], object]
 
 def train(
     model: nn.Module, data: ImageSet, recipe: Recipe, seed: tuple[int | str, ...], *,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     checkpoint: Path | None = None, report: Report | None = None,
 ) -> Trained:  # fmt: skip
     """Trains ``model`` in place on ``data``'s shape classes by cross entropy weighted by class (the mean weight of an
@@ -78,7 +77,6 @@ def train(
         data: training images, on the CPU.
         recipe: see :class:`Recipe`.
         seed: names the random streams (order, mirroring, style); every epoch has its own.
-        evaluate: called after every epoch, its numbers are added to the curve's row.
         checkpoint: a file that is written after every epoch; a killed training goes on there.
         report: called after every step with its number of images.
 
@@ -119,7 +117,7 @@ def train(
         if not math.isfinite(mean):
             raise ValueError(f"train: the loss of epoch {epoch + 1} must be finite, got {mean}; lower lr={recipe.lr:g}")
         model.eval()
-        curve.append({"epoch": epoch + 1, "loss": mean, **(evaluate(model) if evaluate else {})})
+        curve.append({"epoch": epoch + 1, "loss": mean})
         if checkpoint:
             _save(checkpoint, model, optimizer, curve)
     model.eval()

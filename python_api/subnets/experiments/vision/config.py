@@ -1,4 +1,4 @@
-"""Every knob of the vision experiment in one place, and its three presets."""
+"""Every knob of the vision experiment in one place, and its presets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from subnets.experiments import knobs
-from subnets.experiments.knobs import Knobs, knob
+from subnets.experiments.knobs import Experiment, knob
+from subnets.experiments.vision.classifier_training import OPTIMIZERS
 from subnets.experiments.vision.conditions import CONDITIONS, INHERIT
 from subnets.experiments.vision.models import ARCHITECTURES, NetworkShape, colours_of
-from subnets.training.seeds import seed_for
 
 NORMS = ("frozen", "trained")
 _COUNTS = (
@@ -26,7 +24,7 @@ _FOLDERS = ("images", "pooled", "masks", "conflict", "base_model")
 
 
 @dataclass(frozen=True)
-class VisionConfig(Knobs):
+class VisionConfig(Experiment):
     """The paper's recipe where nothing is changed; see `preset`."""
 
     preset: str = knob("imagenet", "name of the preset these values started from")
@@ -36,10 +34,8 @@ class VisionConfig(Knobs):
     depth: int = knob(6, "of the ViT: layers")
     heads: int = knob(4, "of the ViT: attention heads")
     image_size: int = knob(64, "pixels of an image's side")
-    seed: int = knob(0, "seed of base network, discovery and data")
     conditions: tuple[str, ...] = knob(CONDITIONS, "which transfer conditions to train")
     sizes: tuple[int, ...] = knob((), "numbers of natural training images n; empty (sizes=) = all there are")
-    base_seeds: int = knob(1, "replicates r = 0, 1, ...: base network r, its mask, transfer seed r; all seeds differ")
     transfer_seeds: int = knob(3, "transfer runs per condition and n on the first base network and its mask")
     inherit: str = knob(
         "unmasked", "what a fresh network takes from the base beside the planted weights: 'unmasked' (as published): "
@@ -82,7 +78,6 @@ class VisionConfig(Knobs):
     workers: int | None = knob(
         None, "on a CPU: processes that train transfer networks side by side, one thread each; None = one per core"
     )
-    device: str | None = knob(None, "'cpu' or 'cuda'; None = cuda where there is one")
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -98,7 +93,7 @@ class VisionConfig(Knobs):
                     "different numbers of at least 16 images")  # fmt: skip
         unknown = [name for name in self.conditions if name not in CONDITIONS]
         self._check("conditions", bool(self.conditions) and not unknown, f"among {', '.join(CONDITIONS)}")
-        for name, choices in (("inherit", INHERIT), ("norms", NORMS), ("transfer_optimizer", ("sgd", "adamw"))):
+        for name, choices in (("inherit", INHERIT), ("norms", NORMS), ("transfer_optimizer", OPTIMIZERS)):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self._check("device", self.device in (None, "cpu", "cuda"), "'cpu', 'cuda' or None")
         if self.source == "generated":
@@ -116,11 +111,6 @@ class VisionConfig(Knobs):
         frozen_fresh = self.norms == "frozen" and self.inherit == "none"
         self._check("norms", not frozen_fresh, "'trained' where inherit is 'none': fresh norms can't stay as they are")
         self.network()
-
-    def check_machine(self) -> None:
-        """Raises ValueError where this machine lacks the device that the config names."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("VisionConfig: there is no CUDA device for device='cuda'; leave it out, or use cpu")
 
     def _check(self, name: str, is_good: bool, expected: str) -> None:
         if not is_good:
@@ -143,15 +133,9 @@ class VisionConfig(Knobs):
         mean, std = colours_of(Path(self.base_model))
         return dataclasses.replace(shape, mean=mean, std=std)
 
-    def of_replicate(self, base_seed: int) -> VisionConfig:
-        """The config of one replicate's base network and mask; replicate 0 has the config's own seed."""
-        if base_seed == 0:
-            return self
-        return dataclasses.replace(self, seed=seed_for(self.seed, "replicate", base_seed) % 2**31)
-
     def seed_pairs(self) -> list[tuple[int, int]]:
-        """(base seed, transfer seed) of the runs of one condition and n: (0, s) on the first base, then (r, r)."""
-        return [(0, s) for s in range(self.transfer_seeds)] + [(r, r) for r in range(1, self.base_seeds)]
+        """(base seed, transfer seed) of the runs of one condition and n; see `pairs_of_seeds`."""
+        return self.pairs_of_seeds(self.transfer_seeds)
 
 
 # Generated images: networks with fresh norms, so that nothing but what is planted comes from the base.
@@ -176,21 +160,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditions": ("subnet", "full_model", "sampled", "random_init"),
         "sizes": (512, 4096),
         "base_images": 8192,
-        "base_epochs": 12,
+        "base_epochs": 10,
         "discovery_images": 6144,
         "discovery_epochs": 8,
-        "transfer_epochs": 8,
+        "transfer_epochs": 6,
     },
     "standard": {
         **_BUNDLED,
         "width": 32,
-        "sizes": (1024, 2048, 4096, 8192),
+        "sizes": (1024, 2048, 4096),
         "base_seeds": 3,
-        "base_images": 24_576,
-        "base_epochs": 15,
-        "discovery_images": 12_288,
-        "discovery_epochs": 20,
-        "transfer_epochs": 12,
+        "transfer_seeds": 1,
+        "base_images": 8192,
+        "base_epochs": 10,
+        "discovery_images": 6144,
+        "discovery_epochs": 8,
+        "transfer_epochs": 6,
     },
     "imagenet": {"image_size": 224},
     "cue-conflict": {

@@ -110,16 +110,18 @@ class FolderData:
         assert config.images is not None and config.conflict is not None
         self.config, self.cache, self.show = config, cache, show
         self.conflicts = list_cue_conflict(Path(config.conflict))
-        self.natural = _Listed(*split(_list(Path(config.images)), 0.9, config.seed))
-        pooled = self._pooled_folder(Path(config.images))
-        self.pooled = self._split_pooled(pooled)
+        source = Path(config.images)
+        entries = _list(source)
+        self.natural = _Listed(*split(entries, 0.9, config.seed))
+        self.pooled = self._split_pooled(self._pooled_folder(source, entries))
+        self._discovery = _Listed(*split(self.pooled.train, 0.95, config.seed + 1))
         _ = self.base, self.discovery, self.discovery_held_out, self.tests
 
-    def _pooled_folder(self, source: Path) -> Path:
+    def _pooled_folder(self, source: Path, entries: list[Entry]) -> Path:
         """The user's mean-pooled folder, or one made now of at most `most_per_class` images a class."""
         if self.config.pooled is not None:
             return Path(self.config.pooled)
-        train, held_out = split(_list(source), 0.9, self.config.seed, self.config.most_per_class)
+        train, held_out = split(entries, 0.9, self.config.seed, self.config.most_per_class)
         masks = None if self.config.masks is None else Path(self.config.masks)
         destination = self.cache / "mean-pooled"
         pool_folder(source, destination, entries=[*train, *held_out], masks=masks, progress=self.show)
@@ -149,12 +151,12 @@ class FolderData:
     @cached_property
     def discovery(self) -> ImageSet:
         """Mean-pooled training images but those of `discovery_held_out`."""
-        return self._packed(split(self.pooled.train, 0.95, self.config.seed + 1)[0], "pooled-train")
+        return self._packed(self._discovery.train, "pooled-train")
 
     @cached_property
     def discovery_held_out(self) -> ImageSet:
         """A twentieth of the mean-pooled training images, on which discovery chooses its best epoch."""
-        return self._packed(split(self.pooled.train, 0.95, self.config.seed + 1)[1], "pooled-held-out")
+        return self._packed(self._discovery.held_out, "pooled-held-out")
 
     @cached_property
     def tests(self) -> dict[str, ImageSet]:
@@ -185,6 +187,15 @@ class FolderData:
         return self.config.sizes or (total,)
 
 
+@dataclass(frozen=True)
+class _Photographs:
+    """A folder of cue-conflict photographs, packed, as they are and mean-pooled; the folds' rows to train and test."""
+
+    images: ImageSet
+    pooled: ImageSet
+    folds: list[tuple[list[int], list[int]]]
+
+
 class ConflictData:
     """Cue-conflict photographs alone, split so that nothing leaks.
 
@@ -197,56 +208,34 @@ class ConflictData:
     counts. `tests` have shapes as classes throughout.
     """
 
-    def __init__(self, config: VisionConfig, cache: Path, show: bool, fold: int = 0) -> None:
-        assert config.conflict is not None
-        self.config, self.cache, self.show, self.fold = config, cache, show, fold
-        source, destination = Path(config.conflict), cache / "mean-pooled"
-        entries = list_cue_conflict(source)
-        masks = None if config.masks is None else Path(config.masks)
-        pool_folder(source, destination, entries=entries, masks=masks, progress=show)
-        pooled = [
-            replace(one, path=(destination / one.path.relative_to(source)).with_suffix(".png")) for one in entries
-        ]
-        self.photographs = pack(entries, config.image_size, cache / "conflict", crop=1.0, progress=show)
-        self.pooled = pack(pooled, config.image_size, cache / "conflict-pooled", crop=1.0, progress=show)
-        cues = [parse_cue_conflict(one.path) for one in entries]
-        numbers = [(_number(cue.shape_instance), _number(cue.texture_instance)) for cue in cues]
-        folds = [_rows_of_fold(numbers, one) for one in range(_FOLDS)]
-        if not all(train and test for train, test in folds):
-            counts = ", ".join(f"{len(train)} and {len(test)}" for train, test in folds)
-            raise ValueError(
-                f"VisionConfig: conflict={config.conflict} must hold instances that can be split, as airplane1-bear2, "
-                f"airplane2-bear3; its folds have {counts} images to train and to test on"
-            )
-        self.train_rows, self.test_rows = folds[fold % _FOLDS]
-        self.smallest = min(len(train) for train, _ in folds)
+    def __init__(self, config: VisionConfig, photographs: _Photographs, fold: int = 0) -> None:
+        self.config, self.photographs = config, photographs
+        self.train_rows, self.test_rows = photographs.folds[fold % _FOLDS]
 
     def of_replicate(self, base_seed: int) -> ConflictData:
         """Another fold for another base network."""
-        return self if base_seed == self.fold else ConflictData(self.config, self.cache, self.show, base_seed)
+        return ConflictData(self.config, self.photographs, base_seed)
 
     @cached_property
     def base(self) -> ImageSet:
         """Training photographs, labelled by shape."""
-        return self.photographs.take(self.train_rows)
+        return self.photographs.images.take(self.train_rows)
 
     @cached_property
     def discovery(self) -> ImageSet:
         """The same, mean-pooled, but for every tenth."""
-        return self.pooled.take([row for i, row in enumerate(self.train_rows) if i % 10])
+        return self.photographs.pooled.take([row for i, row in enumerate(self.train_rows) if i % 10])
 
     @cached_property
     def discovery_held_out(self) -> ImageSet:
         """Every tenth, mean-pooled: on them discovery chooses its best epoch."""
-        return self.pooled.take(self.train_rows[::10])
+        return self.photographs.pooled.take(self.train_rows[::10])
 
     @cached_property
     def tests(self) -> dict[str, ImageSet]:
         """KINDS -> test photographs; "natural" and "conflict" are the same images here."""
-        photographs = self.photographs.take(self.test_rows)
-        return {
-            "natural": photographs, "mean_pooled": self.pooled.take(self.test_rows), "conflict": photographs,
-        }  # fmt: skip
+        images = self.photographs.images.take(self.test_rows)
+        return {"natural": images, "mean_pooled": self.photographs.pooled.take(self.test_rows), "conflict": images}
 
     def transfer(self, num_images: int, transfer_seed: int) -> ImageSet:
         """Training photographs, each labelled by one of its two cues."""
@@ -257,11 +246,12 @@ class ConflictData:
 
     def sizes(self) -> tuple[int, ...]:
         """Numbers of training images that are run; the smallest fold's where the config has none."""
-        beyond = [n for n in self.config.sizes if n > self.smallest]
+        smallest = min(len(train) for train, _ in self.photographs.folds)
+        beyond = [n for n in self.config.sizes if n > smallest]
         if beyond:
-            least = f"the {self.smallest} training images of the smallest fold"
+            least = f"the {smallest} training images of the smallest fold"
             raise ValueError(f"VisionConfig: sizes must be at most {least}, got {beyond}")
-        return self.config.sizes or (self.smallest,)
+        return self.config.sizes or (smallest,)
 
 
 Data = GeneratedData | FolderData | ConflictData
@@ -271,7 +261,32 @@ def open_data(config: VisionConfig, cache: Path, show: bool) -> Data:
     """The images of a config; with folders they are listed, checked and packed into `cache` here."""
     if config.images is not None:
         return FolderData(config, cache, show)
-    return GeneratedData(config) if config.conflict is None else ConflictData(config, cache, show)
+    if config.conflict is None:
+        return GeneratedData(config)
+    return ConflictData(config, _open_photographs(config, Path(config.conflict), cache, show))
+
+
+def _open_photographs(config: VisionConfig, source: Path, cache: Path, show: bool) -> _Photographs:
+    """Lists, mean-pools and packs a folder of cue-conflict photographs; ValueError if a fold would be empty."""
+    entries, destination = list_cue_conflict(source), cache / "mean-pooled"
+    masks = None if config.masks is None else Path(config.masks)
+    pool_folder(source, destination, entries=entries, masks=masks, progress=show)
+    pooled = [replace(one, path=(destination / one.path.relative_to(source)).with_suffix(".png")) for one in entries]
+    cues = [parse_cue_conflict(one.path) for one in entries]
+    numbers = [(_number(cue.shape_instance), _number(cue.texture_instance)) for cue in cues]
+    folds = [_rows_of_fold(numbers, one) for one in range(_FOLDS)]
+    if not all(train and test for train, test in folds):
+        counts = ", ".join(f"{len(train)} and {len(test)}" for train, test in folds)
+        raise ValueError(
+            f"VisionConfig: conflict={source} must hold instances that can be split, as airplane1-bear2, "
+            f"airplane2-bear3; its folds have {counts} images to train and to test on"
+        )
+    size = config.image_size
+    return _Photographs(
+        pack(entries, size, cache / "conflict", crop=1.0, progress=show),
+        pack(pooled, size, cache / "conflict-pooled", crop=1.0, progress=show),
+        folds,
+    )
 
 
 def _rows_of_fold(numbers: Sequence[tuple[int, int]], fold: int) -> tuple[list[int], list[int]]:

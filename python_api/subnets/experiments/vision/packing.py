@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from subnets.experiments.vision.classes import CLASSES
-from subnets.experiments.vision.decoding import EXPECTED, BadImage, centre_square, num_cores, read_rgb
+from subnets.experiments.vision.decoding import EXPECTED, BadImage, centre_square, read_rgb
 from subnets.experiments.vision.folders import Entry, refuse
 from subnets.experiments.vision.images import ImageSet
 from subnets.training.files import read_json, write_text
+from subnets.training.processes import num_cores
 
 FORMAT = 1  # of the cache; another one when decoding changes pixels
 _ROWS_AT_ONCE = 256  # rows between two notes in keys.npy: what a kill can cost

@@ -6,11 +6,8 @@ Source: Zhang, Lepori, Pavlick (arXiv 2310.10899), who segment with SAM; here sc
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from subnets.experiments.vision.decoding import EXPECTED, BadImage, num_cores, read_rgb
+from subnets.experiments.vision.decoding import EXPECTED, BadImage, read_rgb
 from subnets.experiments.vision.folders import Entry, images_in, refuse
 from subnets.training.files import read_json, write_json
+from subnets.training.processes import map_in_processes, num_cores
 
 FORMAT = 1  # of a mean-pooled folder; another one when pooling changes pixels
 
@@ -338,19 +336,9 @@ def _claim(destination: Path, how: dict[str, Any], source: Path) -> None:
 def _pool_all(jobs: list[_Job], workers: int) -> Iterable[str | None]:
     """Per job what was wrong, or None, in their order."""
     if workers == 1 or len(jobs) < 2:
-        yield from map(_pool, jobs)
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from pool.map(_pool, jobs, chunksize=4)
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "pool_folder: a worker process was killed (out of memory?); the same call goes on where it stopped, fewer "
-            "workers need less memory"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return map(_pool, jobs)
+    advice = "the same call goes on where it stopped, fewer workers need less memory"
+    return map_in_processes(_pool, jobs, workers, name="pool_folder", advice=advice, chunk=4)
 
 
 def _pool(job: _Job) -> str | None:

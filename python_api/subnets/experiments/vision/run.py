@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from subnets.experiments.vision.config import VisionConfig
 from subnets.experiments.vision.data import Data, open_data
-from subnets.experiments.vision.images import ImageSet
 from subnets.experiments.vision.models import Classifier, build, load_pretrained
 from subnets.experiments.vision.report import write_report
 from subnets.experiments.vision.results import VisionResults
-from subnets.experiments.vision.stages import Replicate, base_stage, device_of, discovery_stage, places, replicates
+from subnets.experiments.vision.stages import Replicate, base_stage, discovery_stage, replicates
 from subnets.experiments.vision.transfers import TransferRun, planned_runs, transfer_stage
-from subnets.experiments.vision.workers import run_side_by_side
 from subnets.subnet import Subnet
 from subnets.training.files import load_tensors, read_json, write_csv
+from subnets.training.processes import map_in_processes, num_cores
 from subnets.training.run_folder import open_run_folder, read_config
 
 EXPERIMENT = "vision"
@@ -33,7 +32,6 @@ METRIC_COLUMNS = (
     "stage", "condition", "num_images", "seed", "base_seed", "epoch", "step", "loss", "score", "beta", "density",
     "undecided",
 )  # fmt: skip
-SHEET_COLUMNS = 12
 
 
 def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
@@ -42,8 +40,8 @@ def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
     Killed at any moment and started again, it goes on and ends in the same numbers. A folder made with another config
     is refused, with the keys that differ.
     """
-    config.check_machine()
-    model = build(config.network(), 0)  # what can't be built or loaded is said before hours of decoding
+    # a device that is not there and what can't be built or loaded are said before hours of decoding
+    model = build(config.network(), 0).to(config.torch_device())
     if config.base_model is not None:
         load_pretrained(model, Path(config.base_model))
     open_run_folder(folder, EXPERIMENT, config.to_json())
@@ -53,7 +51,11 @@ def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
     missing = [one for one in planned_runs(config, sizes) if not one.facts(folder / "transfers").exists()]
     workers = min(num_workers(config), len(missing))
     if workers > 1:
-        run_side_by_side(_transfer_in_worker, folder, missing, workers, show)
+        advice = "the same command goes on where it stopped, and needs less memory with --set workers=1 in a new folder"
+        work = partial(_transfer_in_worker, folder)
+        done = map_in_processes(work, missing, workers, name="subnets run vision", advice=advice)
+        for _ in tqdm(done, f"transfer networks, {workers} at a time", len(missing), disable=not show):
+            pass
     else:
         for one in missing:
             transfer_stage(one, *found[one.base_seed], folder / "transfers", show)
@@ -62,9 +64,7 @@ def run(config: VisionConfig, folder: Path, show: bool = False) -> str:
 
 def num_workers(config: VisionConfig) -> int:
     """How many transfer networks are trained side by side: one on a GPU, else the config's, or one per core."""
-    if device_of(config).type == "cuda":
-        return 1
-    return config.workers or os.cpu_count() or 1
+    return 1 if config.torch_device().type == "cuda" else config.workers or num_cores()
 
 
 def _base_and_subnet(replicate: Replicate, show: bool) -> tuple[Replicate, Classifier, Subnet]:
@@ -100,8 +100,7 @@ def _report(config: VisionConfig, data: Data, folder: Path) -> str:
     results, rows = load_results(config, data.sizes(), folder)
     write_csv(folder / "results.csv", RESULT_COLUMNS, rows)
     write_csv(folder / "metrics.csv", METRIC_COLUMNS, _metrics(results, folder))
-    sheet = {kind: _some(images) for kind, images in data.tests.items()}
-    return write_report(results, config, folder, sheet, _filters(config, folder))
+    return write_report(results, config, folder, data.tests, _filters(config, folder))
 
 
 def load_results(
@@ -109,7 +108,7 @@ def load_results(
 ) -> tuple[VisionResults, list[dict[str, Any]]]:
     """What there is of a run, and its rows of results.csv."""
     bases, discoveries = (
-        {r: read_json(place / name) for r, place in enumerate(places(config, folder)) if (place / name).exists()}
+        {r: read_json(place / name) for r, place in enumerate(config.places(folder)) if (place / name).exists()}
         for name in ("base.json", "discovery.json")
     )
     planned = list(planned_runs(config, sizes))
@@ -144,17 +143,9 @@ def _metrics(results: VisionResults, folder: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def _some(images: ImageSet) -> ImageSet:
-    """The first image of each of the first classes, for the sample sheet."""
-    first: dict[int, int] = {}
-    for i, shape in enumerate(images.shape.tolist()):
-        first.setdefault(shape, i)
-    return images.take([first[shape] for shape in sorted(first)][:SHEET_COLUMNS])
-
-
 def _filters(config: VisionConfig, folder: Path) -> tuple[Tensor, Tensor] | None:
     """The first layer's weight in the (first) base network and its mask."""
-    place = places(config, folder)[0]
+    place = config.places(folder)[0]
     if not ((place / "base.safetensors").exists() and (place / "subnet.safetensors").exists()):
         return None
     masks = Subnet.load(place / "subnet.safetensors").masks

@@ -55,24 +55,15 @@ class Replicate:
         model = build(self.config.network(), own % 2**31)
         if state is not None:
             model.load_state_dict(state)
-        return model.to(device_of(self.config)).eval()
-
-
-def places(config: VisionConfig, folder: Path) -> list[Path]:
-    """Where each base network's files are: in `folder` where there is one, in base0, base1, ... else."""
-    return [folder] if config.base_seeds == 1 else [folder / f"base{r}" for r in range(config.base_seeds)]
+        return model.to(self.config.torch_device()).eval()
 
 
 def replicates(config: VisionConfig, data: Data, folder: Path) -> list[Replicate]:
     """The base networks."""
     return [
-        Replicate(config.of_replicate(r), data.of_replicate(r), place) for r, place in enumerate(places(config, folder))
+        Replicate(config.of_replicate(r), data.of_replicate(r), place)
+        for r, place in enumerate(config.places(folder))
     ]
-
-
-def device_of(config: VisionConfig) -> torch.device:
-    """Where networks are trained."""
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # ------------------------------------------------------------------------- evaluation
@@ -159,7 +150,7 @@ def discovery_stage(replicate: Replicate, base: Classifier, show: bool = False) 
     if path.exists() and facts.exists():
         return Subnet.load(path)
     images, held_out = replicate.data.discovery, replicate.data.discovery_held_out
-    checkpoint, device = folder / "discovery.checkpoint.safetensors", device_of(config)
+    checkpoint, device = folder / "discovery.checkpoint.safetensors", config.torch_device()
     weights = class_weights(images).to(device)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -203,7 +194,7 @@ def discovery_config(config: VisionConfig, num_images: int, checkpoint: Path | N
         targets=masked_targets(config.network()),
         seed=seed_for(config.seed, "vision", "discovery") % 2**31,
         checkpoint=checkpoint,
-        cuda_graph=device_of(config).type == "cuda",
+        cuda_graph=config.torch_device().type == "cuda",
     )
 
 
