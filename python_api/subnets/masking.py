@@ -19,10 +19,12 @@ from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
 from subnet_kernels.optim import MaskAdamW
 
-from .nn import MaskedLayer
-from .nn.base import MaskState, Schedule, Unit, new_state
+from .audit import audit
+from .nn import MaskedLayer, MaskedParameter
+from .nn.base import MaskState, Schedule, Unit, check_can_mask, new_state
 from .nn.convert import check_can_revert, convert_in_place, revert_in_place
-from .targets import Targets, find_targets, masked_class
+from .nn.parameter import mask_parameter, unmask_parameter
+from .targets import Target, Targets, TargetsWithOptions, find_targets
 
 if TYPE_CHECKING:
     from .subnet import Subnet
@@ -31,23 +33,32 @@ ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 
 
 def mask_model(
-    model: nn.Module, targets: Targets | None = None, exclude: Targets = (), *, init: ScoreInit | None = None,
-    score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
-    keep_effective_weights: bool = True,
+    model: nn.Module, targets: TargetsWithOptions | None = None, exclude: Targets = (), *,
+    init: ScoreInit | None = None, score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
+    fused: bool = True, keep_effective_weights: bool = True,
 ) -> MaskSet:
-    """Put a mask over ``model``'s layers, in place, freeze everything but the scores, and return the MaskSet.
+    """Put a mask over ``model``'s weights, in place, freeze everything but the scores, and return the MaskSet.
 
     Args:
-        model: any nn.Module. Modules keep their identity, names, hooks and base state_dict keys; each masked layer
-            gains the parameter ``<layer>.scores``.
-        targets: None is every nn.Linear, nn.Conv2d and transformers' Conv1D but the output head
-            (``get_output_embeddings()``) and tied weights. Or "all-linear", "all-conv", a regex for whole module names,
-            a module type, or a list of module or parameter names (whole, or their last parts) and types.
-        exclude: of the same forms; wins over targets.
+        model: any nn.Module. Modules keep their identity, names, hooks and base state_dict keys; each masked linear
+            layer and nn.Conv2d gains the parameter ``<layer>.scores``, any other masked parameter
+            ``<parameter>_mask.scores``.
+        targets: what to mask. None is every linear layer (nn.Linear, transformers' Conv1D, the projections of
+            nn.MultiheadAttention) and convolution, but not the output head (``get_output_embeddings()``) and tied
+            weights. Or "all-linear", "all-conv", "all-embedding"; a regex for whole module names, or, if it fits no
+            such module, for whole parameter names; a module type; a list of these groups, types and names of modules or
+            parameters, whole or their last parts ("c_attn", "W_Q", "bias"); or a dict from any of these (but lists) to
+            options of their own (kind, unit, score_init, fused), the first that matches wins. A tied weight that is
+            named has one mask for all its places.
+        exclude: of the same forms but dict; wins over targets.
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.
         kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:<heads>", or block sizes.
+        fused: nn.Linear, nn.Conv2d and Conv1D mask within their forward pass, which is fastest. Code that reads
+            ``layer.weight`` itself would get the base weight there (:meth:`MaskSet.audit` finds out). False: as for all
+            other parameters, whoever reads it gets the masked weight. Known readers need no word: layers inside
+            nn.MultiheadAttention and nn.TransformerEncoderLayer and the output head are always masked so.
         keep_effective_weights: each layer keeps one effective weight, which all passes between two optimizer steps
             share. False, where memory matters more, keeps nothing of a weight's size: the Triton backend makes the mask
             inside its products, others make an effective weight for each product (plan "recompute").
@@ -56,8 +67,8 @@ def mask_model(
         The MaskSet of the model; ``masks_of(model)`` gives it again at any time.
 
     Raises:
-        ValueError: nothing matches; a target can't be masked, is tied, or would be bypassed; the model is masked
-            already; a weight or initial score is not finite; a unit does not fit. The model is then unchanged.
+        ValueError: nothing matches; a target can't be masked; the model is masked already; a weight or initial score is
+            not finite; a unit does not fit. The model is then unchanged.
         TypeError: an argument is of another form.
 
     Source: Savarese et al. 2020 (arXiv 1912.04427); Zhang et al. 2023 (arXiv 2310.10899).
@@ -72,29 +83,22 @@ def mask_model(
         raise TypeError(f"mask_model: model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(score_init, (int, float)) or not math.isfinite(score_init):
         raise ValueError(f"mask_model: score_init must be finite, got {score_init!r}")
-    if not as_kind(kind).is_trainable:
-        raise ValueError(f"mask_model: kind {as_kind(kind).name!r} trains no scores; use 'sigmoid', and harden() later")
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
         raise ValueError(
             f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it"
         )
-    found = find_targets(model, targets, exclude)
-    _check_init(init, [_weight_name(name) for name in found])
-    state = new_state(next(iter(found.values())).weight.device)  # type: ignore[arg-type]
+    found = find_targets(model, targets, exclude, fused)
+    _check_init(init, list(found))
+    state = new_state(_device_of(next(iter(found.values()))))
     state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     converted: list[MaskedLayer] = []
+    settings = {"kind": kind, "unit": unit, "score_init": score_init}
     try:
-        for name, module in found.items():
-            cls = masked_class(module)
-            assert cls is not None
-            initial = _initial_scores(init, _weight_name(name), module, score_init)
-            where = f"mask_model: {name}"
-            converted.append(
-                convert_in_place(module, cls, where, kind=kind, score_init=initial, unit=unit, state=state)
-            )
+        for name, target in found.items():
+            converted.append(_mask(name, target, init, settings, state))
     except Exception:
         for layer in converted:
-            revert_in_place(layer)
+            _unmask(layer)
         raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -104,8 +108,33 @@ def mask_model(
     return masks_of(model)
 
 
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
+def _device_of(target: Target) -> torch.device | None:
+    parameter = target.module._parameters.get(target.parameter)
+    return None if parameter is None else parameter.device
+
+
+def _mask(
+    name: str, target: Target, init: ScoreInit | None, settings: dict[str, Any], state: MaskState
+) -> MaskedLayer:
+    """Mask one parameter in place."""
+    module, where = target.module, f"mask_model: {name.rpartition('.')[0] or 'the model'}"
+    own = {key: value for key, value in target.options.items() if key != "fused"}
+    settings = {**settings, **own, "state": state}
+    check_can_mask(module, where, target.parameter)
+    if not as_kind(settings["kind"]).is_trainable:
+        kind = as_kind(settings["kind"]).name
+        raise ValueError(f"{where}: kind {kind!r} trains no scores; use 'sigmoid', and harden() later")
+    weight = module._parameters[target.parameter]
+    assert weight is not None
+    settings["score_init"] = _initial_scores(init, name, weight, settings["score_init"])
+    if target.cls is not None:
+        return convert_in_place(module, target.cls, where, **settings)
+    return mask_parameter(module, target.parameter, where, target.sharers, **settings)
+
+
+def _unmask(layer: MaskedLayer) -> None:
+    """Put the ordinary module back."""
+    unmask_parameter(layer) if isinstance(layer, MaskedParameter) else revert_in_place(layer)
 
 
 def _check_init(init: ScoreInit | None, names: list[str]) -> None:
@@ -117,11 +146,9 @@ def _check_init(init: ScoreInit | None, names: list[str]) -> None:
         raise ValueError(f"mask_model: init names {unknown}, which are not masked here; masked are {names}")
 
 
-def _initial_scores(init: ScoreInit | None, name: str, module: nn.Module, score_init: float) -> float | Tensor:
+def _initial_scores(init: ScoreInit | None, name: str, weight: Tensor, score_init: float) -> float | Tensor:
     if init is None:
         return score_init
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     scores = init(name, weight.detach()) if callable(init) else init.get(name)
     if scores is not None and not isinstance(scores, Tensor):
         raise TypeError(f"mask_model: init must give a tensor or None for {name}, got {type(scores).__name__}")
@@ -135,7 +162,7 @@ def masks_of(model: nn.Module) -> MaskSet:
     Raises:
         ValueError: no masked layer; or hand-built layers that differ in beta or state.
     """
-    layers = {_weight_name(n): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
+    layers = {m.weight_name(n): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
     if not layers:
         raise ValueError("masks_of: the model has no masked layer; make it one with mask_model(model)")
     states = list({id(layer._state): layer._state for layer in layers.values()}.values())
@@ -327,7 +354,7 @@ class MaskSet:
 
     def scores(self) -> dict[str, nn.Parameter]:
         """Name ("0.scores") -> scores parameter."""
-        return {name.removesuffix("weight") + "scores": layer.scores for name, layer in self.layers.items()}
+        return {layer.scores_name(name): layer.scores for name, layer in self.layers.items()}
 
     def kept(self) -> dict[str, Tensor]:
         """Name of the base weight -> bool tensor of its shape: {s > 0}."""
@@ -386,29 +413,20 @@ class MaskSet:
         print(f"trainable scores: {trained:,} || all parameters: {everything:,} || {share:.2f} %")
 
     def audit(self, *inputs: Any, **named_inputs: Any) -> list[dict[str, Any]]:
-        """Run the model once, without grad, on these inputs and say of every masked layer: name, shape, unit, density,
-        how often it ran (0: its mask changes nothing there) and the backend that serves it."""
-        runs = dict.fromkeys(self.layers, 0)
+        """Prove, by running the model on these inputs, that no mask is bypassed and that only scores train.
 
-        def count(name: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                runs[name] += 1
+        Runs the model in its present mode with gradients and in eval mode without (buffers, random state and modes are
+        put back). A mask is bypassed where the output changes although every masked layer is given its effective
+        weight and only the base weight underneath is changed: something reads it without its mask.
 
-            return hook
+        Returns:
+            Of every masked layer a dict: name, shape, unit, density, runs (how often its mask was used), has_effect
+            (whether the output's gradient reaches its mask: False for a layer that these inputs do not need), backend.
 
-        handles = [layer.register_forward_hook(count(name)) for name, layer in self.layers.items()]
-        try:
-            with torch.no_grad():
-                self.model(*inputs, **named_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        densities = self.density(per_layer=True)
-        return [
-            {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
-             "runs": runs[name], "backend": _backend_of(layer, layer.weight.dtype).name}
-            for name, layer in self.layers.items()
-        ]
+        Raises:
+            RuntimeError: naming the layers whose masks are bypassed, or other parameters than scores that train.
+        """
+        return audit(self, inputs, named_inputs)
 
     # --- effective weights -------------------------------------------------------------------------------------------
 
@@ -418,13 +436,13 @@ class MaskSet:
         groups: dict[tuple[Any, ...], list[MaskedLayer]] = {}
         is_rehearsal = memory_number(self._state.beta) != 0  # a capture's warm-up: runs what the capture will
         for layer in self.layers.values():
-            if not keeps_w_eff(layer.plan):
-                continue
+            if not keeps_w_eff(layer.plan) or (isinstance(layer, MaskedParameter) and layer._slot.w_eff is None):
+                continue  # read through their mask, parameters need a kept one only where no gradient is wanted
             dtype = layer.weight.dtype if layer._slot.w_eff is None else layer._slot.w_eff.dtype
             fresh = layer._slot.is_fresh(*_outputs_first(layer), self._state.beta, layer.current_kind, dtype)
             if fresh and not is_rehearsal:
                 continue
-            backend = _backend_of(layer, dtype)  # the layer's own, so that bits do not depend on who made them
+            backend = backend_of(layer, dtype)  # the layer's own, so that bits do not depend on who made them
             key = layer.current_kind, dtype, backend, layer.weight.dtype, layer.weight.device
             groups.setdefault(key, []).append(layer)
         for (kind, dtype, backend, _, _), layers in groups.items():
@@ -462,7 +480,7 @@ class MaskSet:
             if (kept := layer._slot.w_eff) is None:
                 continue
             weight, scores = _outputs_first(layer)
-            backend = _backend_of(layer, kept.dtype)
+            backend = backend_of(layer, kept.dtype)
             if not layer._slot.is_exact(weight, scores, self._state.beta, layer.current_kind, kept.dtype, backend):
                 stale.append(name)
         if stale:
@@ -485,13 +503,14 @@ class MaskSet:
         for name, layer in self.layers.items():
             if not isinstance(layer, MaskedLayer):
                 raise ValueError(f"MaskSet.unmask: {name} is masked no more; get the present set with masks_of(model)")
-            check_can_revert(layer, name)
+            if not isinstance(layer, MaskedParameter):
+                check_can_revert(layer, name)
         flag_of = self._flags_before_masking()
         kept = self.kept() if keep == "masked" else {}
         for name, layer in self.layers.items():
             if keep == "masked":
                 layer.weight.mul_(kept[name].to(layer.weight.dtype))
-            revert_in_place(layer)
+            _unmask(layer)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(flag_of.get(name, parameter.requires_grad))
         self.layers = {}
@@ -602,9 +621,9 @@ def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.scores
 
 
-def _backend_of(layer: MaskedLayer, dtype: torch.dtype) -> Backend:
-    op = "masked_conv2d" if layer.weight.dim() == 4 else "masked_linear"
-    return choose_for(op, layer.weight, layer.scores, layer.current_kind.name, dtype, layer.plan)
+def backend_of(layer: MaskedLayer, dtype: torch.dtype) -> Backend:
+    """The backend that serves a layer's forward pass in that dtype."""
+    return choose_for(layer.op, layer.weight, layer.scores, layer.current_kind.name, dtype, layer.plan)
 
 
 def _penalty_of(layer: MaskedLayer) -> Tensor:

@@ -1,19 +1,50 @@
-"""Which layers of a model to mask: ``targets`` and ``exclude`` as a regex, names, types or "all-linear"."""
+"""Which parameters of a model to mask, and how: ``targets`` and ``exclude`` of mask_model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLayer, MaskedLinear
 from .nn.hf_conv1d import is_hf_conv1d
 
-Targets = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+Pattern = str | type[nn.Module]
+Targets = Pattern | Sequence[Pattern]
+Options = Mapping[str, Any]
+TargetsWithOptions = Targets | Mapping[Pattern, Options]
 
+OPTIONS = ("kind", "unit", "score_init", "fused")  # of mask_model, that a mapping of targets may set by pattern
+_GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all-linear": (nn.Linear, nn.Bilinear, nn.MultiheadAttention),
+    "all-conv": (_ConvNd,),
+    "all-embedding": (nn.Embedding, nn.EmbeddingBag),
+}
+_BY_DEFAULT = (nn.Linear, nn.MultiheadAttention, _ConvNd)
+_MASKABLE = tuple(kind for kinds in _GROUPS.values() for kind in kinds)
+_MHA_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 # these read weights without calling the layer that owns them
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class Target(NamedTuple):
+    """One parameter to mask.
+
+    Attributes:
+        module, parameter: where it is.
+        cls: the masked twin that ``module`` becomes; None where the mask goes over reads of the parameter.
+        sharers: other modules that hold the same (tied) parameter, with its names there.
+        options: of the pattern that it matched.
+    """
+
+    module: nn.Module
+    parameter: str
+    cls: type[MaskedLayer] | None
+    sharers: tuple[tuple[nn.Module, str], ...]
+    options: Options
 
 
 def masked_class(module: nn.Module) -> type[MaskedLayer] | None:
@@ -28,145 +59,210 @@ def masked_class(module: nn.Module) -> type[MaskedLayer] | None:
     return None
 
 
-def _matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bool:
-    if isinstance(pattern, type):
-        return isinstance(module, pattern)
-    bare = pattern.removesuffix(".weight")
-    if pattern == "all-linear":
-        return masked_class(module) in (MaskedLinear, MaskedHFConv1D)
-    if pattern == "all-conv":
-        return masked_class(module) is MaskedConv2d
+def find_targets(
+    model: nn.Module, targets: TargetsWithOptions | None, exclude: Targets = (), fused: bool = True
+) -> dict[str, Target]:
+    """Parameter name -> what mask_model masks, in the model's order.
+
+    Raises:
+        ValueError: nothing matches (the message lists what could), a pattern matches nothing, or a named module has
+            nothing to mask.
+        TypeError: targets or exclude are of another form.
+    """
+    _check_form("exclude", exclude)
+    model_map = _Map(model)
+    chosen: dict[_Key, Options] = {}
+    if isinstance(targets, Mapping):
+        chosen = _by_patterns(model_map, targets)
+    else:
+        _check_form("targets", targets)
+        chosen = {key: {} for key in model_map.chosen(targets, "targets")}
+        if not isinstance(targets, Sequence) or isinstance(targets, str):
+            chosen = model_map.without_implicit(chosen, targets)
+    excluded = set(model_map.chosen(exclude, "exclude")) if _is_given(exclude) else set()
+    if isinstance(exclude, str) and not excluded:
+        raise ValueError(f"mask_model: exclude={exclude!r} matches no whole module name; mend it or leave it out")
+    found = {}
+    for key in sorted(set(chosen) - excluded, key=model_map.order.__getitem__):
+        first, *others = model_map.places(key)
+        module_name, parameter = first
+        if out := [_full(*place) for place in (first, *others) if place in excluded]:
+            raise ValueError(
+                f"mask_model: {_full(*key)} is tied to {', '.join(out)}, which exclude names; exclude both or neither"
+            )
+        module, options = model_map.modules[module_name], chosen[key]
+        cls = masked_class(module) if parameter == "weight" else None
+        if others or not options.get("fused", fused) or model_map.is_read(module_name, module):
+            cls = None
+        sharers = tuple((model_map.modules[name], own) for name, own in others)
+        found.setdefault(_full(*first), Target(module, parameter, cls, sharers, options))
+    if not found:
+        possible = [f"{n or '(the model itself)'} ({type(m).__name__})" for n, m in model_map.modules.items()
+                    if _is_maskable(m)]  # fmt: skip
+        raise ValueError(
+            f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; what could be masked: "
+            f"{', '.join(possible) if possible else 'nothing by default (no linear layer, convolution or embedding)'}"
+        )
+    return found
+
+
+_Key = tuple[str, str]  # module's name, parameter's name in it
+
+
+class _Map:
+    """The model's modules and parameters by name, and what patterns match of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.order: dict[_Key, int] = {}
+        self._places: dict[int, list[_Key]] = {}
+        for name, module in self.modules.items():
+            for own in (*module._parameters, "weight"):  # a computed weight has a place too: it is refused by name
+                self.order.setdefault((name, own), len(self.order))
+            for own, value in module._parameters.items():
+                if value is not None:
+                    self._places.setdefault(id(value), []).append((name, own))
+        getter = getattr(model, "get_output_embeddings", None)
+        self.head = getter() if callable(getter) else None
+
+    def places(self, key: _Key) -> list[_Key]:
+        """Where the parameter that is at ``key`` can be found: its first place, and those that share it."""
+        return self._places.get(id(self.modules[key[0]]._parameters.get(key[1])), [key])
+
+    def is_read(self, name: str, module: nn.Module) -> bool:
+        """Whether somebody is known to read the module's weight without calling the module."""
+        if module is self.head:
+            return True
+        while name:
+            name = name.rpartition(".")[0]
+            if isinstance(self.modules[name], _READERS):
+                return True
+        return False
+
+    def without_implicit(self, chosen: dict[_Key, Options], targets: Targets | None) -> dict[_Key, Options]:
+        """By default and for a group: without the output head and without tied weights."""
+        if targets is not None and targets not in _GROUPS:
+            return chosen
+        return {
+            key: options for key, options in chosen.items()
+            if self.modules[key[0]] is not self.head and len(self.places(key)) == 1
+        }  # fmt: skip
+
+    def chosen(self, targets: Targets | None, argument: str) -> list[_Key]:
+        """The parameters that ``targets`` (or exclude) names."""
+        if targets is None or isinstance(targets, (str, type)):
+            return list(self._matched(targets, argument))
+        idle, keys = [], []
+        for item in targets:
+            found = list(self._matched(item, argument) if isinstance(item, type) else self._named(item, argument))
+            idle += [] if found else [item]
+            keys += found
+        if idle:
+            raise ValueError(
+                f"mask_model: {argument} {idle} match nothing that can be masked; a list holds types, and names of "
+                "modules or parameters, whole or their last parts"
+            )
+        return keys
+
+    def _matched(self, pattern: Pattern | None, argument: str) -> Iterator[_Key]:
+        """What one regex, type, group or None (the default) matches."""
+        if pattern is None or pattern in _GROUPS:
+            kinds = _BY_DEFAULT if pattern is None else _GROUPS[str(pattern)]
+            for name, module in self.modules.items():
+                if isinstance(module, kinds) or (kinds[0] is nn.Linear and is_hf_conv1d(module)):
+                    yield from ((name, own) for own in _weights_of(module))
+        elif isinstance(pattern, type):
+            for name, module in self.modules.items():
+                if isinstance(module, pattern):
+                    yield from self._all_of(name, module)
+        else:
+            yield from self._by_regex(pattern, argument)
+
+    def _by_regex(self, pattern: str, argument: str) -> Iterator[_Key]:
+        """A regex names whole modules (their weights) or, if it fits no module that can be masked, whole parameters."""
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"mask_model: {argument} {pattern!r} is not a regular expression: {error}") from None
+        fits_module = False
+        for name, module in self.modules.items():
+            if name and regex.fullmatch(name) and (_is_maskable(module) or argument == "exclude"):
+                fits_module = True
+                yield from self._all_of(name, module)
+        if not fits_module:
+            yield from (key for key in self.order if regex.fullmatch(_full(*key)) and self._is_there(key))
+
+    def _named(self, item: str, argument: str) -> Iterator[_Key]:
+        """What a name in a list stands for: modules of that (last part of a) name, or parameters."""
+        if item in _GROUPS:
+            yield from self._matched(item, argument)
+            return
+        for name, module in self.modules.items():
+            if _ends(name or type(module).__name__, item.removesuffix(".weight")):
+                found = list(self._all_of(name, module))
+                if not found and argument == "targets" and not isinstance(module, nn.ModuleList | nn.Sequential):
+                    raise ValueError(f"mask_model: {name or 'the model'} is a {type(module).__name__}, which has no "
+                                     "weight of its own to mask; name its parts")  # fmt: skip
+                yield from found
+            elif "." not in item or _ends(name, item.rpartition(".")[0]):
+                own = item.rpartition(".")[2]
+                if own != "weight" and self._is_there((name, own)):
+                    yield (name, own)
+
+    def _all_of(self, name: str, module: nn.Module) -> Iterator[_Key]:
+        """What a module stands for that was named itself, or by its type."""
+        yield from ((name, own) for own in _weights_of(module))
+        if isinstance(module, nn.MultiheadAttention):
+            yield (f"{name}.out_proj" if name else "out_proj", "weight")
+
+    def _is_there(self, key: _Key) -> bool:
+        return self.modules[key[0]]._parameters.get(key[1]) is not None
+
+
+def _by_patterns(model_map: _Map, targets: Mapping[Pattern, Options]) -> dict[_Key, Options]:
+    """Each parameter with the options of the first pattern that matches it."""
+    chosen: dict[_Key, Options] = {}
+    for pattern, options in targets.items():
+        if not isinstance(pattern, (str, type)):
+            raise TypeError(f"mask_model: a key of targets must be a regex, group or type, got {pattern!r}")
+        if not isinstance(options, Mapping) or set(options) - set(OPTIONS):
+            raise TypeError(f"mask_model: targets[{pattern!r}] must be a dict of {', '.join(OPTIONS)}, got {options!r}")
+        found = model_map.without_implicit(dict.fromkeys(model_map.chosen(pattern, "targets"), options), pattern)
+        if not found:
+            raise ValueError(f"mask_model: targets {pattern!r} match nothing; mend the pattern or leave it out")
+        chosen = {**found, **chosen}
+    return chosen
+
+
+def _weights_of(module: nn.Module) -> list[str]:
+    """The names of the parameters that a module stands for when it is matched."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [own for own in _MHA_INPUTS if module._parameters.get(own) is not None]
+    if "weight" in module._parameters or _is_maskable(module):
+        return ["weight"] if module._parameters.get("weight") is not None or _is_maskable(module) else []
+    return [own for own, value in module._parameters.items() if value is not None and value.dim() > 1]
+
+
+def _is_maskable(module: nn.Module) -> bool:
+    return isinstance(module, _MASKABLE) or is_hf_conv1d(module)
+
+
+def _ends(name: str, bare: str) -> bool:
     return name == bare or name.endswith("." + bare)
 
 
-def matches(targets: Targets, name: str, module: nn.Module) -> bool:
-    """Whether ``targets`` names this module. A string is "all-linear", "all-conv" or a regex for the whole module name;
-    a list holds module or parameter names (whole, or their last parts, as "c_attn") and types."""
-    if isinstance(targets, type):
-        return isinstance(module, targets)
-    if isinstance(targets, str):
-        if targets in ("all-linear", "all-conv"):
-            return _matches(targets, name, module)
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise ValueError(f"mask_model: targets {targets!r} is not a regular expression: {error}") from None
-    return any(_matches(pattern, name, module) for pattern in targets)
+def _full(module_name: str, parameter: str) -> str:
+    return f"{module_name}.{parameter}" if module_name else parameter
+
+
+def _is_given(exclude: Targets) -> bool:
+    return isinstance(exclude, (str, type)) or len(exclude) > 0
 
 
 def _check_form(argument: str, value: object) -> None:
     items = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    if not all(isinstance(item, (str, type)) for item in items):
+    if value is not None and not all(isinstance(item, (str, type)) for item in items):
         raise TypeError(
-            f"mask_model: {argument} must be a regex, 'all-linear', 'all-conv', a module type, or a list of names and "
-            f"types, got {value!r}"
-        )
-
-
-def _bypasser_of(name: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module] | None:
-    """The module around ``name`` that would read its weight directly."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if isinstance(modules.get(name), _BYPASSING):
-            return name, modules[name]
-    return (name, modules[""]) if isinstance(modules.get(""), _BYPASSING) else None
-
-
-def _users_of_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
-    """For every parameter, which modules hold it."""
-    users: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    return users
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def find_targets(model: nn.Module, targets: Targets | None, exclude: Targets) -> dict[str, nn.Module]:
-    """Name -> module of what mask_model masks.
-
-    Raises:
-        ValueError: nothing matches (the message lists what could), a named module can't be masked, its weight is tied,
-            or a module around it would bypass the mask.
-        TypeError: targets or exclude are of another form.
-    """
-    if targets is not None:
-        _check_form("targets", targets)
-    _check_form("exclude", exclude)
-    modules = dict(model.named_modules())
-    users = _users_of_weights(modules)
-    head = _output_head(model)
-    found: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        if exclude and matches(exclude, name, module):
-            continue
-        by_default = targets is None or targets in ("all-linear", "all-conv")
-        if by_default and module is head:
-            continue
-        can_mask = masked_class(module) is not None
-        is_bypassed = isinstance(module, nn.Linear) and _bypasser_of(name, modules) is not None
-        if targets is None or (targets == "all-linear" and is_bypassed):
-            wanted = can_mask or is_bypassed  # the latter to be refused
-        elif name:
-            wanted = matches(targets, name, module)
-        else:
-            wanted = can_mask and matches(targets, type(module).__name__, module)
-        if not wanted:
-            continue
-        _check_is_not_bypassed(name, modules)
-        if not can_mask:
-            if isinstance(targets, str) or isinstance(module, nn.ModuleList | nn.Sequential):
-                continue  # a regex may match containers on its way
-            raise ValueError(
-                f"mask_model: {name} is a {type(module).__name__}, which can't be masked; nn.Linear, nn.Conv2d and "
-                "transformers' Conv1D can (not their subclasses)"
-            )
-        sharers = users.get(id(module._parameters.get("weight")), [])
-        if len(sharers) > 1:
-            if by_default:
-                continue
-            raise ValueError(f"mask_model: the weight of {name} is tied, shared by {sharers}; exclude it or untie it")
-        found[name] = module
-    if not found:
-        possible = [f"{n or '(the model itself)'} ({type(m).__name__})" for n, m in modules.items() if masked_class(m)]
-        raise ValueError(
-            f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; what could be masked: "
-            f"{', '.join(possible) if possible else 'nothing (no nn.Linear, nn.Conv2d or transformers Conv1D)'}"
-        )
-    for argument, value in (("targets", targets), ("exclude", exclude)):
-        if not (value is None or isinstance(value, (str, type))):
-            _check_every_item_matches(argument, value, modules)
-    if isinstance(exclude, str) and not any(matches(exclude, name, module) for name, module in modules.items()):
-        raise ValueError(f"mask_model: exclude={exclude!r} matches no whole module name; mend it or leave it out")
-    return found
-
-
-def _check_is_not_bypassed(name: str, modules: dict[str, nn.Module]) -> None:
-    around = _bypasser_of(name, modules)
-    if around is not None:
-        raise ValueError(
-            f"mask_model: {name or 'the model'} lies inside {around[0] or 'the model'} ({type(around[1]).__name__}), "
-            f"which reads its weight without calling it, so a mask would be bypassed; leave it out with "
-            f"exclude=r'{re.escape(around[0])}\\..*'"
-        )
-
-
-def _check_every_item_matches(
-    argument: str, targets: Sequence[str | type[nn.Module]], modules: dict[str, nn.Module]
-) -> None:
-    """A name of a list that matches no module is a slip: leaving it out in silence would mask less than was meant."""
-    idle = [
-        item for item in targets
-        if not any(_matches(item, name or type(module).__name__, module) for name, module in modules.items())
-    ]  # fmt: skip
-    if idle:
-        raise ValueError(
-            f"mask_model: {argument} {idle} match no module; a list holds types, and names of modules or weights, "
-            "whole or their last parts"
+            f"mask_model: {argument} must be a regex, 'all-linear', 'all-conv', 'all-embedding', a module type, a list "
+            f"of names and types{', or a dict of those to options' if argument == 'targets' else ''}, got {value!r}"
         )

@@ -96,7 +96,7 @@ def test_misspelt_names_in_init_and_exclude_are_refused():
     net = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"init names \['0.wieght'\], which are not masked here"):
         mask_model(net, init={"0.wieght": torch.ones(3, 3)})
-    with pytest.raises(ValueError, match=r"exclude \['nope'\] match no module"):
+    with pytest.raises(ValueError, match=r"exclude \['nope'\] match nothing"):
         mask_model(net, exclude=["nope"])
     with pytest.raises(ValueError, match="exclude='nope' matches no whole module name"):
         mask_model(net, exclude="nope")

@@ -172,10 +172,28 @@ def test_gpt2_generates_with_a_mask_the_same_tokens_with_and_without_cache():
         assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), base)
 
 
-def test_gpt2_output_head_is_tied_and_masking_it_is_refused():
+def test_gpt2_output_head_and_embedding_are_tied_and_share_one_mask():
+    model, batch = made("gpt2")
+    plain = copy.deepcopy(model)
+    masks = mask_model(model, ["lm_head"], init=random_scores)
+    assert list(masks.layers) == ["transformer.wte.weight"]
+    with torch.no_grad():
+        plain.transformer.wte.weight.mul_(masks.kept()["transformer.wte.weight"])
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+    with masks.hard():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    masks.beta = 2.0
+    model(**batch).logits.pow(2).mean().backward()
+    leaf = masks.layers["transformer.wte.weight"].scores.detach().clone().requires_grad_()
+    reference, _ = made("gpt2")
+    w_eff = reference.transformer.wte.weight.detach() * torch.sigmoid(2.0 * leaf)
+    torch.func.functional_call(reference, {"transformer.wte.weight": w_eff}, (), batch).logits.pow(2).mean().backward()
+    grad = masks.layers["transformer.wte.weight"].scores.grad
+    assert (grad - leaf.grad).abs().max() <= 2e-5 * leaf.grad.abs().max() > 0
+
+
+def test_part_of_gpt2_is_masked_by_names():
     model, _ = made("gpt2")
-    with pytest.raises(ValueError, match=r"weight of lm_head is tied, shared by \['transformer.wte', 'lm_head'\]"):
-        mask_model(model, ["lm_head"])
     masks = mask_model(model, ["c_attn", "c_fc"])
     assert set(masks.layers) == {n for n in GPT2_WEIGHTS if "c_attn" in n or "c_fc" in n}
 

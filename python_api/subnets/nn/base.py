@@ -109,7 +109,7 @@ def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...
         return shape
     if unit == "row":
         return (shape[0], *(1,) * (len(shape) - 1))
-    if unit == "column":
+    if unit == "column" and shape[1:]:
         return (1, shape[1], *(1,) * (len(shape) - 2))
     if isinstance(unit, str) and unit.startswith("head:") and unit[5:].isdigit() and int(unit[5:]) > 0:
         if shape[0] % int(unit[5:]):
@@ -125,11 +125,43 @@ def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...
     )
 
 
+def check_can_mask(module: nn.Module, name: str, parameter: str = "weight") -> None:
+    """An ordinary parameter of that name, present and finite.
+
+    Raises:
+        ValueError: says what is in the way.
+    """
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        raise ValueError(
+            f"{name}: its {parameter} is not a plain parameter (weight_norm, spectral_norm or pruning computes it); "
+            "remove that first"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: its {parameter} must be floating point, got {weight.dtype}")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"{name}: its {parameter} has NaN or infinite entries; masking can't repair a diverged network"
+        )
+
+
+def check_loaded(state_dict: dict, *names: str) -> None:
+    """Raises ValueError if one of these entries has NaN or infinite values."""
+    for name in names:
+        tensor = state_dict.get(name)
+        if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"load_state_dict: {name} has NaN or infinite entries; nothing of this layer is loaded (the layers "
+                "before it are)"
+            )
+
+
 class MaskedLayer(nn.Module):
     """Mixin of the masked layers. ``weight`` is the base weight, ``scores`` the trained scores (same memory layout)."""
 
     base_class: type[nn.Module]  # the ordinary layer's class, to which unmask goes back
     passes_transposed = False  # whether the op gets weight.t() and scores.t()
+    op = "masked_linear"  # that serves its forward pass
 
     weight: nn.Parameter
     scores: nn.Parameter
@@ -139,6 +171,14 @@ class MaskedLayer(nn.Module):
     _state: MaskState
     _slot: Slot
     _given: tuple[Tensor, Tensor] | None = None  # (effective weight, penalty) that forward uses: see serve()
+
+    def weight_name(self, module_name: str) -> str:
+        """The base weight's name in the unmasked model, from this module's name."""
+        return f"{module_name}.weight" if module_name else "weight"
+
+    def scores_name(self, weight_name: str) -> str:
+        """The scores' name in the masked model, from the base weight's."""
+        return weight_name.removesuffix("weight") + "scores"
 
     def _scores_shape(self, unit: Unit, where: str) -> tuple[int, ...]:
         """The scores' shape in weight's own layout."""
@@ -292,13 +332,7 @@ class MaskedLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in ("scores", "weight"):
-            tensor = state_dict.get(prefix + name)
-            if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"load_state_dict: {prefix}{name} has NaN or infinite entries; nothing of this layer is loaded "
-                    "(the layers before it are)"
-                )
+        check_loaded(state_dict, f"{prefix}scores", f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         wanted = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if self.scores.dtype != wanted:  # load_state_dict(assign=True) takes tensors as they come

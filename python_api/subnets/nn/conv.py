@@ -43,6 +43,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     """
 
     base_class = nn.Conv2d
+    op = "masked_conv2d"
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],

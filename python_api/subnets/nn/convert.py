@@ -10,28 +10,10 @@ from torch import Tensor, nn
 
 from subnet_kernels.masks import MaskKind, expand_scores
 
-from .base import HARD, MaskedLayer, MaskState, Unit
+from .base import HARD, MaskedLayer, MaskState, Unit, check_can_mask
 
 Masked = TypeVar("Masked", bound=MaskedLayer)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-
-
-def check_can_mask(module: nn.Module, name: str) -> None:
-    """An ordinary weight, present and finite.
-
-    Raises:
-        ValueError: says what is in the way.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(
-            f"{name}: its weight is not a plain parameter (weight_norm, spectral_norm or pruning computes it); remove "
-            "that first"
-        )
-    if not weight.is_floating_point():
-        raise ValueError(f"{name}: its weight must be floating point, got {weight.dtype}")
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name}: its weight has NaN or infinite entries; masking can't repair a diverged network")
 
 
 def convert_in_place(

@@ -1,0 +1,163 @@
+"""MaskSet.audit: does every mask count, and does only it?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from .masking import MaskSet
+
+Run = Callable[[], list[Tensor]]
+
+
+def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """See :meth:`subnets.MaskSet.audit`."""
+    from .masking import backend_of
+
+    model = masks.model
+
+    def run() -> list[Tensor]:
+        outputs = [leaf for leaf in tree_leaves(model(*inputs, **named_inputs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in outputs if leaf.is_floating_point()]
+
+    known = {id(scores) for scores in masks.scores().values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if others:
+        raise RuntimeError(
+            f"MaskSet.audit: only scores should train, but {_listed(others)} require grad too; "
+            "requires_grad_(False) them, or keep them out of the optimizer and say so here"
+        )
+    with _restored(model):
+        runs = _count_runs(masks, run)
+        effects = _effects(masks, run)
+        bypassed = _bypassed(masks, run)
+        model.eval()
+        with torch.no_grad():
+            bypassed += [name for name in _bypassed(masks, run) if name not in bypassed]
+    if bypassed:
+        raise RuntimeError(
+            f"MaskSet.audit: masks are bypassed: {_listed(bypassed)} {'is' if len(bypassed) == 1 else 'are'} read "
+            "without the mask (something reads layer.weight itself); mask_model(..., fused=False) masks every read"
+        )
+    densities = masks.density(per_layer=True)
+    return [
+        {"name": name, "shape": list(layer.weight.shape), "unit": layer.unit, "density": densities[name],
+         "runs": runs[name], "has_effect": effects[name], "backend": backend_of(layer, layer.weight.dtype).name}
+        for name, layer in masks.layers.items()
+    ]  # fmt: skip
+
+
+def _count_runs(masks: MaskSet, run: Run) -> dict[str, int]:
+    """How often each layer's forward pass (for parameters: a read) happens in one run."""
+    runs = dict.fromkeys(masks.layers, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            runs[name] += 1
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(name)) for name, layer in masks.layers.items()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs
+
+
+def _effects(masks: MaskSet, run: Run) -> dict[str, bool]:
+    """Whether the gradient of the outputs reaches each layer's effective weight."""
+    with torch.enable_grad(), _served(masks) as w_effs:
+        outputs = [out for out in run() if out.requires_grad]
+        leaves = list(w_effs.values())
+        if not outputs:
+            return dict.fromkeys(w_effs, False)
+        torch.manual_seed(0)  # an even sum may be constant, as that of a softmax is
+        weighted = torch.stack([(out * torch.randn_like(out)).float().sum() for out in outputs]).sum()
+        grads = torch.autograd.grad(weighted, leaves, allow_unused=True)
+    return {
+        name: grad is not None and bool(grad.ne(0).any()) for name, grad in zip(w_effs, grads, strict=True)
+    }  # fmt: skip
+
+
+def _bypassed(masks: MaskSet, run: Run) -> list[str]:
+    """The layers whose base weight reaches the outputs although all are given their effective weights."""
+    layers = masks.layers
+
+    def differs(names: list[str]) -> bool:
+        with _served(masks):
+            before, again = _seeded(run), _seeded(run)
+            with _changed([layers[name].weight for name in names]):
+                after = _seeded(run)
+        noise = _distance(before, again)  # 0 but for kernels that add up in no fixed order
+        return _distance(before, after) > 10 * noise
+
+    if not differs(list(layers)):
+        return []
+    return [name for name in layers if differs([name])]
+
+
+def _seeded(run: Run) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [out.detach().double() for out in run()]
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return float("inf")
+    finite = [torch.nan_to_num(x - y, nan=0.0, posinf=1e30, neginf=1e30).abs() for x, y in zip(a, b, strict=True)]
+    return max((float(x.max()) for x in finite if x.numel()), default=0.0)
+
+
+@contextlib.contextmanager
+def _served(masks: MaskSet) -> Iterator[dict[str, Tensor]]:
+    """All layers use fixed effective weights, leaves: about half of each base weight, whatever the masks."""
+    w_effs = {name: (layer.weight.detach() * 0.5).requires_grad_() for name, layer in masks.layers.items()}
+    with contextlib.ExitStack() as stack:
+        for name, layer in masks.layers.items():
+            stack.enter_context(layer.serve(layer.scores, w_effs[name], layer.scores.new_zeros(())))
+        yield w_effs
+
+
+@contextlib.contextmanager
+def _changed(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Other values in these weights inside the block."""
+    saved = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(-0.75).add_(weight.abs().mean())
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, saved, strict=True):
+                weight.copy_(old)
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Buffers, random state and modes are afterwards as before."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, old in buffers.items():
+                buffer.copy_(old)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
