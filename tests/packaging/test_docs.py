@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quickstart", "masking", "discovery", "transfer"))]
+RUN_DOCS = ("quickstart", "masking", "discovery", "transfer")
+RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in RUN_DOCS)]
 
 
 @pytest.mark.parametrize("page", RUNS, ids=lambda page: page.name)

@@ -163,41 +163,42 @@ def _check_can_own(module: nn.Module, where: str) -> None:
         )
 
 
-class _ReadsMasked:
-    """Mixin of the classes made here: how they are copied, pickled and moved."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
-        assert isinstance(made, tuple)
-        return (_new, (_base_of(self), tuple(sorted(self.__dict__[_MASKS]))), *made[2:])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
-        for mask in self.__dict__[_MASKS].values():
-            if mask.__dict__.get("owner") is self:
-                mask._bind_scores()
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_loaded(state_dict, *(prefix + name for name in self.__dict__[_MASKS]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
-        for mask in self.__dict__[_MASKS].values():
-            mask._apply(fn)  # again: the scores' dtype follows the weight, which came after them
-        return self
-
-
 def _base_of(module: Any) -> type[nn.Module]:
     """The class that the module had before."""
-    cls = type(module)
-    return cls.__mro__[2] if issubclass(cls, _ReadsMasked) else cls
+    return getattr(type(module), "class_before_masking", type(module))
 
 
 @cache
 def _class_that_reads(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of ``base`` whose attributes ``names`` are read through their masks."""
-    return type(f"Masked{base.__name__}", (_ReadsMasked, base), {name: _reader(name) for name in names})
+    """A subclass of ``base`` whose attributes ``names`` are read through their masks.
+
+    It has no other base and no slots: a module's class can only be changed to one of the same layout.
+    """
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        made = base.__reduce_ex__(self, protocol)
+        assert isinstance(made, tuple)
+        return (_new, (base, names), *made[2:])
+
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        for mask in self.__dict__[_MASKS].values():
+            if mask.__dict__.get("owner") is self:
+                mask._bind_scores()
+
+    def _load_from_state_dict(self: nn.Module, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_loaded(state_dict, *(prefix + name for name in names))
+        base._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+    def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        base._apply(self, fn, recurse)
+        for mask in self.__dict__[_MASKS].values():
+            mask._apply(fn)  # again: the scores' dtype follows the weight, which came after them
+        return self
+
+    methods = (__reduce_ex__, __setstate__, _load_from_state_dict, _apply)
+    own = {method.__name__: method for method in methods} | {name: _reader(name) for name in names}
+    return type(f"Masked{base.__name__}", (base,), {"class_before_masking": base, **own})
 
 
 def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
