@@ -296,6 +296,12 @@ class MaskedLayer(nn.Module):
             self._collect(penalty)
         return w_eff
 
+    def _replicate_for_data_parallel(self) -> MaskedLayer:
+        raise RuntimeError(
+            f"{type(self).__name__}: nn.DataParallel is refused: its copies of a layer would share one effective "
+            "weight between devices; use DistributedDataParallel (torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     # --- device, dtype, loading ------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
