@@ -43,7 +43,8 @@ class MaskCallback(TrainerCallback):
         RuntimeError: an evaluation in training runs with soft masks, because a callback behind this one asked for it.
 
     Warns:
-        UserWarning: BatchNorm's running statistics would change in training, though no weight does.
+        UserWarning: BatchNorm's running statistics would change in training, though no weight does; beta does not reach
+            its end within ``max_steps``, so that the hard masks are not those that were trained.
     """
 
     def __init__(self, masks: MaskSet, *, resume_from: str | Path | None = None) -> None:
@@ -90,6 +91,7 @@ class MaskCallback(TrainerCallback):
         _check_optimizer(kwargs.get("optimizer"), self.masks)
         _check_arguments(args)
         _warn_of_batch_norm(self.masks.model)
+        _warn_of_schedule(self.masks, state.max_steps)
         if state.global_step > 0:
             self._load(self.resume_from or _checkpoint(args, state))
         if not args.eval_on_start:
@@ -203,5 +205,16 @@ def _warn_of_batch_norm(model: nn.Module) -> None:
             f"MaskCallback: Trainer trains in train mode, which changes the running statistics of {moving[0]} and "
             f"{len(moving) - 1} other BatchNorm layers, and with them the network under the masks; set their momentum "
             "to 0.0 to keep them",
+            stacklevel=2,
+        )
+
+
+def _warn_of_schedule(masks: MaskSet, max_steps: int) -> None:
+    schedule = masks._state.schedule
+    if schedule is None or schedule.steps > max_steps:
+        found = "there is no schedule" if schedule is None else f"masks.anneal was given steps={schedule.steps}"
+        warnings.warn(
+            f"MaskCallback: {found} and training takes {max_steps} optimizer steps, so beta does not reach its end and "
+            f"the hard masks are not those that are trained; call masks.anneal(to=200, steps={max_steps})",
             stacklevel=2,
         )
