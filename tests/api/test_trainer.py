@@ -6,15 +6,20 @@ import contextlib
 import csv
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from subnets import MaskSet, mask_model
+from subnets import MaskSet, Subnet, mask_model
 from torch import Tensor, nn
 
 from tests.api.tiny_transformers import MODELS, made, random_scores
@@ -24,6 +29,7 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate, which is not
 
 from subnets.trainer import MaskCallback  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 
 def rows(name: str, num: int = 8) -> list[dict[str, Tensor]]:
     """A data set: the batch of ``made``, a row each, over again with other numbers."""
@@ -245,12 +251,64 @@ def test_what_would_train_something_else_in_silence_is_refused(tmp_path):
         run(masks, tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(TypeError, match="masks must be what mask_model gave, got GPT2LMHeadModel"):
         MaskCallback(masks.model)
-    usual = {"gradient_checkpointing": False, "n_gpu": 1, "fsdp": False, "deepspeed": None}
+    usual = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
+    usual.update(n_gpu=1, fsdp=False, deepspeed=None)
     for change, words in [({"n_gpu": 2}, "torchrun --nproc-per-node"), ({"fsdp": True}, "not built; use DDP")]:
         arguments = SimpleNamespace(**{**usual, **change})
         state = transformers.TrainerState()
         with pytest.raises(ValueError, match=words):
             MaskCallback(masks).on_train_begin(arguments, state, None, optimizer=masks.adamw())
+
+
+def test_only_the_first_process_writes(tmp_path):
+    masks, state = masked(), transformers.TrainerState(global_step=3, is_world_process_zero=False)
+    state.log_history.append({"loss": 1.0, "step": 3})
+    (tmp_path / "checkpoint-3").mkdir()
+    for is_first in (False, True):
+        state.is_world_process_zero = is_first
+        callback, arguments = MaskCallback(masks), SimpleNamespace(output_dir=tmp_path)
+        callback.on_save(arguments, state, None)
+        callback.on_log(arguments, state, None, logs={})
+        written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+        assert written == (["masks.safetensors", "metrics.csv"] if is_first else [])
+
+
+def test_a_schedule_that_does_not_end_with_the_training_is_warned_of(tmp_path):
+    for steps, words in ((9, "masks.anneal was given steps=9"), (None, "there is no schedule")):
+        masks = masked()
+        masks.anneal(steps=9) if steps else masks.load_state_dict({**masks.state_dict(), "schedule": None})
+        with pytest.warns(UserWarning, match=f"{words}.*call masks.anneal\\(to=200, steps=8\\)"):
+            run(masks, tmp_path)
+
+
+def test_the_example_runs_as_the_page_has_it_in_two_fresh_processes(tmp_path):
+    page = (ROOT / "docs" / "huggingface.md").read_text()
+    train, plant = ((ROOT / "examples" / f"gpt2_{part}.py").read_text() for part in ("trainer", "plant"))
+    assert f"```python\n{train}```" in page and f"```python\n{plant}```" in page
+    assert len((train + plant).splitlines()) <= 25
+    look = """
+import torch
+from subnets import Subnet
+subnet = Subnet.load("subnet.safetensors")
+torch.save({name: other.get_parameter(name).detach() for name in subnet.masks}, "planted.pt")
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *sys.path])
+    for code in (train, plant + look):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        if code is train:
+            loss = float(re.search(r"loss of the hard masks: (\S+)", done.stdout)[1])
+            assert loss < 2.2  # a network that knows nothing has log(16) = 2.77
+    names: dict[str, Any] = {}
+    exec(train.split("masks = ")[0], names)  # the network that the subnet was found in
+    subnet, planted = Subnet.load(tmp_path / "subnet.safetensors"), torch.load(tmp_path / "planted.pt")
+    assert 0.1 < subnet.density() < 0.9
+    for name, kept in subnet.masks.items():
+        source = names["model"].get_parameter(name)
+        assert torch.equal(planted[name][kept], source[kept]) and not torch.equal(planted[name], source)
 
 
 def test_statistics_that_would_drift_are_warned_of(tmp_path):

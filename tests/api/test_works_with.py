@@ -10,6 +10,8 @@ import contextlib
 import copy
 import functools
 import io
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,13 @@ from tests.api.tiny_transformers import MODELS, made, random_scores
 BETA = 2.0
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate keeps its precision and device for the process: a Trainer with bf16 may have run before."""
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def batch_of(name: str, num: int = 4) -> tuple[dict[str, Tensor], Tensor]:
@@ -430,3 +439,12 @@ def test_data_parallel_copies_are_refused():
         layer = next(iter(masked(name).layers.values()))
         with pytest.raises(RuntimeError, match=r"nn.DataParallel.*torchrun"):
             layer._replicate_for_data_parallel()  # what nn.parallel.replicate asks of each module
+
+
+def test_the_page_has_the_table_and_its_loop_with_accelerate_runs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "huggingface.md").read_text()
+    table = [line.split(" | ")[:5] for line in page.splitlines() if line.count("| yes") == len(MODELS)]
+    assert {cells[0].removeprefix("| ") for cells in table} == {*FEATURES, "Trainer, resumed"}
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    (loop,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "Accelerator(" in code]
+    exec(compile(loop, "huggingface.md", "exec"), {})
