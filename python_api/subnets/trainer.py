@@ -92,6 +92,7 @@ class MaskCallback(TrainerCallback):
         _check_arguments(args)
         _warn_of_batch_norm(self.masks.model)
         _warn_of_schedule(self.masks, state.max_steps)
+        self._columns = []
         if state.global_step > 0:
             self._load(self.resume_from or _checkpoint(args, state))
         if not args.eval_on_start:
@@ -102,7 +103,7 @@ class MaskCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        scores = {name: scores.detach().contiguous() for name, scores in self.masks.scores().items()}
+        scores = {n: s.detach().to("cpu", copy=True).contiguous() for n, s in self.masks.scores().items()}
         partial = _checkpoint(args, state) / f"{FILE}.partial"
         save_file(scores, partial, metadata={"masks": json.dumps(self.masks.state_dict())})
         partial.replace(partial.with_name(FILE))

@@ -237,6 +237,10 @@ def test_the_csv_holds_what_trainer_logs_and_beta_density_and_undecided_of_that_
     assert float(table[-1]["density"]) == masks.density() and float(table[-1]["undecided"]) == masks.undecided() < 0.1
     saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     assert saved[0]["density"] == float(table[0]["density"]) != masks.density()
+    with contextlib.redirect_stdout(io.StringIO()):
+        done.train()  # again: Trainer begins its log anew, and the file with it
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(done.state.log_history) == len(table)
 
 
 def test_what_would_train_something_else_in_silence_is_refused(tmp_path):
