@@ -95,6 +95,7 @@ class ModelCase:
 _SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
 MODEL_CASES = [
     ModelCase("gpt2_4x64", "gpt2", 4, 64, _SMALL),
+    ModelCase("gpt2_4x64_fp32", "gpt2", 4, 64, _SMALL, precision="fp32"),
     ModelCase("gpt2_8x1024", "gpt2", 8, 1024, _SMALL),
     ModelCase("resnet18_b256", "resnet18", 256, 224),
     ModelCase("resnet18_64px_b32_fp32", "vision", 32, 64, precision="fp32"),
