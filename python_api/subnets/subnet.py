@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import subnet_file
 from .nn import MaskedLayer
-from .subnet_file import Contents, check_values, listed, weights_hash
+from .subnet_file import Contents, check_ranks, check_values, listed, weights_hash
+from .subnet_ranks import ranks_of, top_parts
 
 Mode = Literal["keep", "ablate"]
 
@@ -27,15 +28,19 @@ class Subnet:
     Args:
         masks: parameter name of the unmasked model (``"0.weight"``) to bool tensor of the parameter's shape. Copied to
             the CPU.
-        provenance: where the subnet comes from: a dict that JSON can hold (task, seed, scores, ...).
+        provenance: where the subnet comes from: a dict that JSON can hold. Names that always mean the same, where they
+            are known: base_model, architecture, method, beta, lam, seed, metrics, versions, task
+            (`subnets.provenance.NAMED`).
         base_hash: `weights_hash` of the network that the subnet was found in, over the parameters named in ``masks``.
             `save` with ``weights=`` fills it in.
         weights: parameter name to the kept values ``[kept]`` in the C order of the mask, so that the subnet can be
             planted without its network.
+        ranks: parameter name to uint8 ``[kept]``, how high each kept weight's score is, so that a fraction of the
+            subnet can be planted; `with_ranks` makes them.
 
     Raises:
         TypeError: a mask is not a bool tensor, or the provenance cannot be written as JSON.
-        ValueError: no mask, or values that do not fit the masks.
+        ValueError: no mask, or values or ranks that do not fit the masks.
 
     >>> subnet = Subnet({"0.weight": torch.tensor([[True, False], [False, False]])}, {"task": "ab mod 7"})
     >>> subnet.density(), (~subnet).density(), subnet.iou(~subnet)
@@ -49,6 +54,7 @@ class Subnet:
         *,
         base_hash: str | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        ranks: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not isinstance(masks, Mapping):
             raise TypeError(
@@ -63,13 +69,19 @@ class Subnet:
         self.masks: dict[str, Tensor] = {name: _own(mask) for name, mask in masks.items()}
         self.provenance: dict[str, Any] = _json_copy(provenance)
         self.base_hash = base_hash
-        self.weights: dict[str, Tensor] | None = None
-        if weights is not None:
-            if set(weights) != set(masks):
-                raise ValueError(f"Subnet: weights must name the same parameters as masks, got {listed(weights)}")
-            for name, values in weights.items():
-                check_values(name, self.masks[name], values)
-            self.weights = {name: _own(weights[name]) for name in self.masks}
+        self.weights = self._fitting("weights", weights, check_values)
+        self.ranks = self._fitting("ranks", ranks, check_ranks)
+
+    def _fitting(
+        self, what: str, given: Mapping[str, Tensor] | None, check: Callable[[str, Tensor, Tensor], None]
+    ) -> dict[str, Tensor] | None:
+        if given is None:
+            return None
+        if set(given) != set(self.masks):
+            raise ValueError(f"Subnet: {what} must name the same parameters as masks, got {listed(given)}")
+        for name, its in given.items():
+            check(name, self.masks[name], its)
+        return {name: _own(given[name]) for name in self.masks}
 
     # --- size
 
@@ -93,12 +105,59 @@ class Subnet:
     def __repr__(self) -> str:
         total = sum(mask.numel() for mask in self.masks.values())
         values = ", with values" if self.weights else ""
+        values += ", with ranks" if self.ranks else ""
         return (
             f"Subnet({len(self.masks)} parameters, {self.num_kept()} of {total} weights, "
             f"density {self.density():.4f}{values}, provenance={self.provenance})"
         )
 
-    # --- algebra: the results carry no values; the base's hash stays where both sides agree on it
+    # --- its highest-scored part
+
+    def with_ranks(self, scores: Mapping[str, Tensor], caller: str = "Subnet.with_ranks") -> Subnet:
+        """Return the same subnet with the ranks of its weights by score, one byte per kept weight.
+
+        Args:
+            scores: parameter name to scores, of the mask's shape or of a unit's (``[rows, 1]``), such as
+                ``{name: layer.scores for name, layer in masks.layers.items()}``, which is what
+                ``MaskSet.subnet(ranks=True)`` passes.
+
+        Raises:
+            ValueError: other names or shapes than the masks', or scores that are not finite.
+        """
+        ranks = ranks_of(self.masks, scores, caller)
+        return Subnet(self.masks, self.provenance, base_hash=self.base_hash, weights=self.weights, ranks=ranks)
+
+    def top(self, fraction: float, caller: str = "Subnet.top") -> Subnet:
+        """Return the highest-scored part of the subnet, over all parameters together.
+
+        Weights of equal rank stay together: as many whole ranks as come nearest to ``fraction`` of the weights, and at
+        least the highest, are kept. Up to 256 weights of different scores, that is their number rounded; above, it is
+        right to a 256th of the subnet (`subnet_ranks` has the definition). Values and ranks come along.
+
+        Args:
+            fraction: in (0, 1].
+
+        Raises:
+            ValueError: ``fraction`` is out of range, or the subnet has no ranks.
+        """
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not is_number or not 0 < fraction <= 1:
+            raise ValueError(f"{caller}: fraction must be a number in (0, 1], got {fraction!r}")
+        if self.ranks is None:
+            raise ValueError(
+                f"{caller}: the subnet has no ranks, so its highest-scored part is not known; make it with "
+                "MaskSet.subnet(ranks=True), DiscoveryConfig(keep_ranks=True) or Subnet.with_ranks(scores)"
+            )
+        parts = top_parts(self.ranks, fraction)
+        masks = {name: torch.zeros_like(mask) for name, mask in self.masks.items()}
+        for name, mask in masks.items():
+            mask[self.masks[name]] = parts[name]
+        weights = {name: values[parts[name]] for name, values in self.weights.items()} if self.weights else None
+        ranks = {name: its[parts[name]] for name, its in self.ranks.items()}
+        provenance = {"operation": "top", "fraction": fraction, "of": [self.provenance]}
+        return Subnet(masks, provenance, base_hash=self.base_hash, weights=weights, ranks=ranks)
+
+    # --- algebra: the results carry no values and no ranks; the base's hash stays where both sides agree on it
 
     def __and__(self, other: Subnet) -> Subnet:
         """Return the weights in both subnets."""
@@ -244,7 +303,7 @@ class Subnet:
     # --- file
 
     def save(self, path: str | os.PathLike[str], weights: nn.Module | None = None) -> None:
-        """Write the subnet to a safetensors file: 1 bit per weight, and the kept values if there are any.
+        """Write the subnet to a safetensors file: 1 bit per weight, and the kept values and ranks if there are any.
 
         The file is written under a temporary name and renamed, so ``path`` holds the old or the new subnet, never half.
 
@@ -258,7 +317,8 @@ class Subnet:
                 remembers, or a kept value is not finite.
         """
         subnet = self if weights is None else self.with_weights(weights, "Subnet.save")
-        subnet_file.write(path, Contents(subnet.masks, subnet.provenance, subnet.weights, subnet.base_hash))
+        contents = Contents(subnet.masks, subnet.provenance, subnet.weights, subnet.base_hash, subnet.ranks)
+        subnet_file.write(path, contents)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Subnet:
@@ -269,8 +329,8 @@ class Subnet:
             ValueError: the file is cut, damaged (a checksum covers every byte of names, shapes, masks, values and
                 provenance), of another format or version, or contradicts itself.
         """
-        contents = subnet_file.read(path)
-        return cls(contents.masks, contents.provenance, base_hash=contents.base_hash, weights=contents.weights)
+        masks, provenance, weights, base_hash, ranks = subnet_file.read(path)
+        return cls(masks, provenance, base_hash=base_hash, weights=weights, ranks=ranks)
 
     def with_weights(self, model: nn.Module, caller: str = "Subnet.with_weights") -> Subnet:
         """Return the same subnet carrying ``model``'s kept values and hash. Errors as for `save`."""
@@ -283,7 +343,7 @@ class Subnet:
             )
         values = {name: kept_values(self.masks[name], parameter) for name, parameter in parameters.items()}
         check_finite(values, caller)
-        return Subnet(self.masks, self.provenance, base_hash=base_hash, weights=values)
+        return Subnet(self.masks, self.provenance, base_hash=base_hash, weights=values, ranks=self.ranks)
 
 
 def fitting_parameters(masks: Mapping[str, Tensor], model: nn.Module, caller: str) -> dict[str, nn.Parameter]:

@@ -1,9 +1,11 @@
 """The file of a subnet: safetensors with one packed mask per parameter, checked in full before anything is returned.
 
-Tensors: ``<parameter name>`` uint8 ``[ceil(n / 8)]`` (layout: `subnet_kernels.packing`) and, where the kept values were
-saved too, ``values:<parameter name>`` ``[kept]`` in the C order of the mask, in the parameter's dtype.
-Metadata (text): ``format``, ``format_version``, ``shapes`` (JSON, in the subnet's order), ``provenance`` (JSON),
-``base_hash`` (see `weights_hash`, or empty) and ``checksum``, the SHA-256 of everything else.
+Tensors: ``<parameter name>`` uint8 ``[ceil(n / 8)]`` (layout: `subnet_kernels.packing`) and, where they were saved too,
+``values:<parameter name>`` ``[kept]``, the kept values in the C order of the mask, in the parameter's dtype, and
+``ranks:<parameter name>`` uint8 ``[kept]`` (see `subnet_ranks`).
+Metadata (text): ``format``, ``format_version`` ("2" with ranks, "1" without: files say the oldest version that holds
+them), ``shapes`` (JSON, in the subnet's order), ``provenance`` (JSON), ``base_hash`` (see `weights_hash`, or empty) and
+``checksum``, the SHA-256 of everything else.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -23,18 +25,21 @@ from torch import Tensor
 from subnet_kernels.packing import pack_mask, unpack_mask
 
 FORMAT = "subnets.Subnet"
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = ("1", "2")
 _VALUES = "values:"
+_RANKS = "ranks:"
+_T = TypeVar("_T")
 _METADATA_KEYS = {"format", "format_version", "shapes", "provenance", "base_hash", "checksum"}
 
 
 class Contents(NamedTuple):
-    """What a file holds: masks and provenance, and where they were saved the kept values and the base's hash."""
+    """What a file holds: masks and provenance; kept values, ranks and the base's hash where they were saved."""
 
     masks: dict[str, Tensor]
     provenance: dict[str, Any]
     weights: dict[str, Tensor] | None
     base_hash: str | None
+    ranks: dict[str, Tensor] | None = None
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -51,12 +56,14 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write the file under a temporary name in the same folder and rename it, so ``path`` is never half written."""
     path = Path(path)
     tensors = {name: pack_mask(mask) for name, mask in contents.masks.items()}
-    tensors.update({_VALUES + name: values for name, values in (contents.weights or {}).items()})
-    if len(tensors) != len(contents.masks) + len(contents.weights or {}):
-        raise ValueError(f"Subnet.save: no parameter may be named '{_VALUES}...', the file keeps the values there")
+    extras = ((_VALUES, contents.weights or {}), (_RANKS, contents.ranks or {}))
+    for prefix, its in extras:
+        tensors.update({prefix + name: tensor for name, tensor in its.items()})
+    if len(tensors) != len(contents.masks) + sum(len(its) for _, its in extras):
+        raise ValueError(f"Subnet.save: no parameter may be named '{_VALUES}...' or '{_RANKS}...', the file uses these")
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[1 if contents.ranks else 0],
         "shapes": json.dumps({name: list(mask.shape) for name, mask in contents.masks.items()}),
         "provenance": json.dumps(contents.provenance, allow_nan=False),
         "base_hash": contents.base_hash or "",
@@ -79,49 +86,50 @@ def read(path: str | os.PathLike[str]) -> Contents:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Subnet.load: there is no file {path}; check the path, or save a subnet there first")
-    metadata, tensors = _read_safetensors(path)
-    if metadata.get("format") != FORMAT:
+    metadata = _reading(path, lambda file: dict(file.metadata() or {}))
+    if metadata.get("format") != FORMAT:  # before its tensors are read, which may be gigabytes
         raise _bad(path, "it is a safetensors file of something else", "pass a file written by Subnet.save")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise _bad(path, f"its format_version is {version!r}, this version reads {FORMAT_VERSION!r}", "update subnets")
+    if metadata.get("format_version") not in FORMAT_VERSIONS:
+        version = _short(repr(metadata.get("format_version")))
+        what = f"its format_version is {version}, this version reads {' and '.join(map(repr, FORMAT_VERSIONS))}"
+        raise _bad(path, what, "update subnets")
+    # Clones: what safe_open returns may look into the mapped file, which somebody may overwrite later.
+    tensors = _reading(path, lambda file: {name: file.get_tensor(name).clone() for name in list(file.keys())})
     stored = metadata.get("checksum")
     if set(metadata) != _METADATA_KEYS or stored != _checksum(metadata, tensors):
         raise _bad(path, "its checksum does not match its contents, so the file is damaged")
     try:
         return _decode(metadata, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a right checksum over wrong contents
-        raise _bad(path, f"its contents contradict each other ({error})") from error
+    # What a right checksum over wrong contents may raise; RuntimeError: JSON too deep, sizes beyond 64 bits.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise _bad(path, f"its contents contradict each other ({_short(error)})") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _reading(path: Path, read: Callable[[Any], _T]) -> _T:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            names = list(file.keys())
-            # Clones: what safe_open returns may look into the mapped file, which somebody may overwrite later.
-            return metadata, {name: file.get_tensor(name).clone() for name in names}
+            return read(file)
     except Exception as error:  # safetensors raises its own type, and OSError, ValueError, RuntimeError from below
-        raise _bad(
-            path, f"it is not a readable safetensors file ({error}), so it is damaged, cut or foreign"
-        ) from error
+        what = f"it is not a readable safetensors file ({_short(error)}), so it is damaged, cut or foreign"
+        raise _bad(path, what) from error
 
 
 def _decode(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Contents:
-    """Turn checked metadata and tensors into masks and values; any contradiction raises."""
+    """Turn checked metadata and tensors into masks, values and ranks; any contradiction raises."""
     shapes = json.loads(metadata["shapes"])
     masks = {name: unpack_mask(tensors[name], tuple(shape)) for name, shape in shapes.items()}
-    provenance = json.loads(metadata["provenance"])
+    provenance = json.loads(metadata["provenance"], parse_constant=_no_json)
     if not masks or not isinstance(provenance, dict):
         raise ValueError("it holds no mask, or a provenance that is no dict")
-    weights = {name.removeprefix(_VALUES): tensors[name] for name in tensors if name not in masks}
-    if weights and set(weights) != set(masks):
-        raise ValueError("it holds kept values for other parameters than masks")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in masks}
+    weights, ranks = ({name: rest.pop(p + name) for name in masks if p + name in rest} for p in (_VALUES, _RANKS))
+    if rest or len(weights) not in (0, len(masks)) or len(ranks) not in (0, len(masks)):
+        raise ValueError("it holds kept values or ranks for other parameters than masks")
     for name, values in weights.items():
         check_values(name, masks[name], values)
-    return Contents(
-        masks, provenance, {name: weights[name] for name in masks} if weights else None, metadata["base_hash"] or None
-    )
+    for name, its in ranks.items():
+        check_ranks(name, masks[name], its)
+    return Contents(masks, provenance, weights or None, metadata["base_hash"] or None, ranks or None)
 
 
 def check_values(name: str, mask: Tensor, values: Tensor) -> None:
@@ -132,6 +140,26 @@ def check_values(name: str, mask: Tensor, values: Tensor) -> None:
             f"Subnet: the values kept of {name!r} must be {kept} floating-point numbers in one dimension, "
             f"got {values.dtype} {list(values.shape)}"
         )
+
+
+def check_ranks(name: str, mask: Tensor, ranks: Tensor) -> None:
+    """Raise ValueError unless ``ranks`` are uint8, 1-D, and as many as ``mask`` keeps."""
+    kept = int(mask.sum())
+    if ranks.ndim != 1 or ranks.numel() != kept or ranks.dtype != torch.uint8:
+        raise ValueError(
+            f"Subnet: the ranks of {name!r} must be {kept} uint8 numbers in one dimension, "
+            f"got {ranks.dtype} {list(ranks.shape)}"
+        )
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _short(error: object, limit: int = 300) -> str:
+    """The text of an error on one line, however long the names are that it quotes."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _bad(path: Path, what: str, mend: str = "restore it from a copy or save the subnet again") -> ValueError:

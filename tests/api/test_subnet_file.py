@@ -194,7 +194,7 @@ def set_padding_bit(metadata, tensors):
 
 
 FORGERIES = {
-    "another version": (lambda m, t: m.update(format_version="2"), "format_version is '2', this version reads '1'"),
+    "another version": (lambda m, t: m.update(format_version="3"), "version is '3', this version reads '1' and '2'"),
     "padding bit": (set_padding_bit, "padding bits"),
     "other shape": (lambda m, t: m.update(shapes='{"1.weight": [4, 5], "0.weight": [5, 7]}'), r"shape \[3\]"),
     "negative shape": (lambda m, t: m.update(shapes='{"1.weight": [-3, -5], "0.weight": [5, 7]}'), "non-negative"),
@@ -226,5 +226,5 @@ def test_contents_that_contradict_each_other_are_refused_despite_a_right_checksu
 def test_a_name_that_the_file_keeps_for_values_is_refused_when_it_clashes(tmp_path):
     mask = torch.ones(2, dtype=torch.bool)
     subnet = Subnet({"a": mask, "values:a": mask}, weights={"a": torch.ones(2), "values:a": torch.ones(2)})
-    with pytest.raises(ValueError, match="no parameter may be named 'values:...'"):
+    with pytest.raises(ValueError, match="no parameter may be named 'values:...' or 'ranks:...'"):
         subnet.save(tmp_path / "s")

@@ -124,7 +124,7 @@ def test_what_is_not_built_yet_is_refused_in_words():
     arguments = make_subnet(), make_net(0), make_net(1)
     with pytest.raises(NotImplementedError, match="elastic anchor .* not available yet, got 0.5"):
         transfer(*arguments, anchor=0.5)
-    with pytest.raises(NotImplementedError, match=r"highest-scored part is not available yet, got fraction=0.5"):
+    with pytest.raises(ValueError, match=r"transfer: the subnet has no ranks, so its highest-scored part is not known"):
         transfer(*arguments, fraction=0.5)
     with pytest.raises(ValueError, match="'frozen' or 'free', got 'elastic'"):
         transfer(*arguments, anchor="elastic")

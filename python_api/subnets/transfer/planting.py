@@ -65,7 +65,7 @@ def transfer(
             (requires_grad False) are planted as well and stay frozen. A tied parameter changes in all its places.
         anchor: "frozen", or "free": planted, then trained like everything else. A number (elastic pull) is kept for
             later and refused.
-        fraction: part of the subnet to plant; other values than 1.0 are kept for later and refused.
+        fraction: the highest-scored part of the subnet to plant (`Subnet.top`); below 1.0 the subnet needs ranks.
         check_hash: refuse a source other than the network that the subnet remembers (`Subnet.base_hash`); needs one
             pass over the masked parameters. A subnet without hash is not checked.
         keep_positions: keep the planted positions as int32 beside the packed mask (only for "frozen").
@@ -77,12 +77,14 @@ def transfer(
         TypeError: an argument of the wrong type.
         ValueError: the subnet does not fit source or target (names listed), dtypes differ, a value to plant is not
             finite, the source is another network than the subnet's, no source and no values, or entries held with
-            other values.
-        NotImplementedError: a number as anchor, a fraction below 1.
+            other values, or a fraction below 1 of a subnet without ranks.
+        NotImplementedError: a number as anchor.
 
     Source: Zhang, Lepori, Pavlick, "Instilling Inductive Biases with Subnetworks" (arXiv 2310.10899), section 3.
     """
     _check_arguments(subnet, anchor, fraction)
+    if fraction != 1:
+        subnet = subnet.top(fraction, "transfer")
     values = _values_to_plant(subnet, source, check_hash)
     parameters = fitting_parameters(subnet.masks, target, "transfer: target")
     plantings = {name: _planting(name, subnet.masks[name], values[name], parameters[name]) for name in parameters}
@@ -123,10 +125,6 @@ def _check_arguments(subnet: Subnet, anchor: str | float, fraction: float) -> No
         raise ValueError(f"transfer: anchor must be 'frozen' or 'free', got {anchor!r}")
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(f"transfer: fraction must be a number in (0, 1], got {fraction!r}")
-    if fraction != 1:
-        raise NotImplementedError(
-            f"transfer: planting only the highest-scored part is not available yet, got fraction={fraction}; use 1.0"
-        )
 
 
 def _values_to_plant(subnet: Subnet, source: nn.Module | None, check_hash: bool) -> dict[str, Tensor]:
