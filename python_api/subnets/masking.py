@@ -395,15 +395,18 @@ class MaskSet:
                 f"scores are not finite in {', '.join(bad)}; lower the rate or lam, and start from a checkpoint"
             )
 
-    def subnet(self, **provenance: Any) -> Subnet:
-        """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values),
-        and a hash of the base weights, so that it can't be planted from another network by mistake."""
+    def subnet(self, *, ranks: bool = False, **provenance: Any) -> Subnet:
+        """The subnet {s > 0} as masks by parameter name; ``provenance`` is stored with it (json values; base_model,
+        architecture, beta and versions are filled in), and a hash of the base weights, so that it can't be planted from
+        another network by mistake. ``ranks=True`` keeps a byte per kept weight, so that fractions can be planted."""
+        from .provenance import provenance_of
         from .subnet import Subnet
         from .subnet_file import weights_hash
 
         self.check_finite()
         base_hash = weights_hash({name: layer.weight for name, layer in self.layers.items()})
-        return Subnet(self.kept(), provenance or None, base_hash=base_hash)
+        subnet = Subnet(self.kept(), provenance_of(self.model, beta=self.beta) | provenance, base_hash=base_hash)
+        return subnet.with_ranks({name: layer.scores for name, layer in self.layers.items()}) if ranks else subnet
 
     def print_trainable_parameters(self) -> None:
         """Print how many scores train, of how many parameters."""
