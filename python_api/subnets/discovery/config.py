@@ -58,6 +58,8 @@ class DiscoveryConfig:
             penalties or score_inits.
         target_density: steer lam (each member's, from its ``lam`` on) after every epoch so that the density ends
             there: :mod:`subnets.discovery.control`. Rows of the history then have the epoch's "lam".
+        keep_ranks: give the subnet the ranks of its weights by score, so that fractions of it can be planted
+            (:meth:`subnets.Subnet.top`): a byte per kept weight, and meanwhile a copy of the best epoch's scores.
 
     Raises:
         ValueError, TypeError: a value that is out of range or contradicts another.
@@ -88,6 +90,7 @@ class DiscoveryConfig:
     score_inits: Sequence[float] | None = None
     members_at_once: int | None = None
     target_density: float | None = None
+    keep_ranks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps_per_epoch", "members_at_once"):
@@ -116,8 +119,9 @@ class DiscoveryConfig:
             raise ValueError(f"DiscoveryConfig: kind {name!r} gives scores no gradient; use 'sigmoid'")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, os.PathLike)):
             raise TypeError(f"DiscoveryConfig: checkpoint must be a path or None, got {self.checkpoint!r}")
-        if not isinstance(self.cuda_graph, bool):
-            raise TypeError(f"DiscoveryConfig: cuda_graph must be True or False, got {self.cuda_graph!r}")
+        for name in ("cuda_graph", "keep_ranks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"DiscoveryConfig: {name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_count(self, name: str, may_be_none: bool) -> None:
         value = getattr(self, name)
@@ -196,6 +200,8 @@ class DiscoveryConfig:
         values = {name: _plain(getattr(self, name)) for name in names}
         kind = as_kind(self.kind)
         values["kind"] = kind.name if not kind.params() else [kind.name, *kind.params()]
+        if not self.keep_ranks:  # as if there were no such setting: checkpoints from before it go on
+            del values["keep_ranks"]
         return values
 
 

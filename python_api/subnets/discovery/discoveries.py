@@ -33,7 +33,7 @@ class Discoveries(Sequence[Discovery]):
     Attributes:
         runs: each member's :class:`Discovery`; its ``settings`` are seed, lam and score_init.
         scores: each member's scores at its best epoch by weight's name, on the CPU; None unless there were several
-            penalties (:meth:`at_density` needs them).
+            penalties (:meth:`at_density` needs them) or ``keep_ranks``.
         shared: one dict per group where ``evaluate`` was given: lam, score_init, and ``evaluate`` of the network with
             the weights that all seeds keep ("core") and with those that any keeps ("union").
     """

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from subnet_kernels.packing import pack_mask, unpack_mask
 
 from ..masking import MaskSet
+from ..provenance import provenance_of
 from ..subnet import Subnet
 from ..subnet_file import weights_hash
 from .config import MEMBER_FIELDS, DiscoveryConfig
 
 Evaluate = Callable[[nn.Module], float]
+_METRICS = ("score", "loss", "density", "undecided")  # of the best epoch's row
 Callback = Callable[[dict[str, Any], MaskSet], Any]
 
 
@@ -52,7 +54,7 @@ class Record:
     Attributes:
         history: finished epochs.  best: the best one's row.  best_masks: its packed masks by weight's name,
             on the CPU.
-        best_scores: its scores by weight's name, where ``keeps_scores``.
+        best_scores: its scores by weight's name, where ``keeps_scores`` or the config's ``keep_ranks``.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Record:
         keeps_scores: bool = False,
     ) -> None:
         self.masks, self.config, self.evaluate, self.callbacks = masks, config, evaluate, callbacks
-        self.keeps_scores = keeps_scores
+        self.keeps_scores = keeps_scores or config.keep_ranks
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.best_masks: dict[str, Tensor] = {}
@@ -121,8 +123,14 @@ class Record:
         assert self.best is not None
         weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         kept = {name: unpack_mask(packed, tuple(weights[name].shape)) for name, packed in self.best_masks.items()}
-        provenance = {"method": "discover", "config": self.config.record(), "best": self.best}
+        provenance = provenance_of(
+            self.masks.model, method="discover", beta=self.best["beta"], lam=self.best.get("lam", self.config.lam),
+            seed=self.config.seed, metrics={key: self.best[key] for key in _METRICS if self.best[key] is not None},
+            config=self.config.record(), best=self.best,
+        )  # fmt: skip
         subnet = Subnet(kept, provenance, base_hash=weights_hash(weights))
+        if self.config.keep_ranks:
+            subnet = subnet.with_ranks(self.best_scores)
         return Discovery(subnet, self.history, dict(self.best))
 
 
