@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from . import subnet_file
 from .nn import MaskedLayer
 from .subnet_file import Contents, check_ranks, check_values, listed, weights_hash
+from .subnet_fill import Fill, filler
+from .subnet_heads import head_densities
 from .subnet_ranks import ranks_of, top_parts
+from .subnet_samples import sampled
 
 Mode = Literal["keep", "ablate"]
 
@@ -100,10 +103,31 @@ class Subnet:
         """
         if per_layer:
             return {name: int(mask.sum()) / max(1, mask.numel()) for name, mask in self.masks.items()}
-        return self.num_kept() / max(1, sum(mask.numel() for mask in self.masks.values()))
+        return self.num_kept() / max(1, self._num_weights())
+
+    def density_per_head(self, head_size: int, along: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """Return the density of each attention head, fp64 ``[heads]`` by parameter name.
+
+        Heads are taken as blocks of ``head_size`` neighbours, in the order in which they lie: a GPT-2 ``c_attn`` gives
+        the heads of the queries, then of the keys, then of the values; with grouped queries ``k_proj`` has fewer.
+        Parameters that hold no heads are left out.
+
+        Args:
+            head_size: width of one head, as a rule ``hidden_size // num_attention_heads``.
+            along: regex for whole parameter names to the dimension along which the heads lie, on top of the names that
+                are known, as transformers and torch lay them out (`subnet_heads.HEADS_ALONG`: q_proj, query, c_attn,
+                in_proj_weight, out_proj, W_Q, ...).
+
+        Raises:
+            ValueError: no parameter is known to hold heads, or the size does not divide into them.
+        """
+        return head_densities(self.masks, head_size, along, "Subnet.density_per_head")
+
+    def _num_weights(self) -> int:
+        return sum(mask.numel() for mask in self.masks.values())
 
     def __repr__(self) -> str:
-        total = sum(mask.numel() for mask in self.masks.values())
+        total = self._num_weights()
         values = ", with values" if self.weights else ""
         values += ", with ranks" if self.ranks else ""
         return (
@@ -201,49 +225,52 @@ class Subnet:
 
     # --- controls
 
-    def sample_like(self, generator: torch.Generator) -> Subnet:
-        """Return a random subnet with as many weights per parameter as this one, drawn from all its weights.
+    def sample_like(self, generator: torch.Generator, *, per_layer: bool = True) -> Subnet:
+        """Return a random subnet with as many weights as this one, drawn from all its parameters' weights.
 
         Args:
             generator: a CPU `torch.Generator`; its state decides the draw and is advanced. The order of the masks plays
                 no role.
+            per_layer: as many weights in each parameter as this subnet has there; False: as many in all, wherever they
+                fall, which also takes away how the subnet is spread over the network.
         """
         everything = {name: torch.ones_like(mask) for name, mask in self.masks.items()}
-        return self._sampled(everything, generator, "sample_like")
+        return self._sampled(everything, generator, per_layer, "sample_like")
 
-    def complement_sample(self, generator: torch.Generator) -> Subnet:
-        """Return a random subnet with as many weights per parameter as this one, drawn from outside it.
+    def complement_sample(self, generator: torch.Generator, *, per_layer: bool = True) -> Subnet:
+        """Return a random subnet with as many weights as this one, drawn from outside it. Arguments as `sample_like`.
 
         Raises:
-            ValueError: a parameter keeps more than half of its weights, so that there are too few outside.
+            ValueError: more than half of the weights are kept (of a parameter, or of all with ``per_layer=False``), so
+                that there are too few outside.
         """
-        full = [
-            f"{name} ({int(mask.sum())} inside, {int((~mask).sum())} outside)"
-            for name, mask in self.masks.items()
-            if int(mask.sum()) > int((~mask).sum())
-        ]
+        counts = {name: (int(mask.sum()), int((~mask).sum())) for name, mask in self.masks.items()}
+        if not per_layer:
+            counts = {"all parameters together": tuple(map(sum, zip(*counts.values(), strict=True)))}
+        full = [f"{name} ({inside} inside, {out} outside)" for name, (inside, out) in counts.items() if inside > out]
         if full:
+            also = ", per_layer=False" if per_layer and self.num_kept() * 2 <= self._num_weights() else ""
             raise ValueError(
                 "Subnet.complement_sample: as many weights as the subnet has must exist outside it, which fails for "
-                f"{listed(full)}; use sample_like, or a sparser subnet"
+                f"{listed(full)}; use sample_like{also}, or a sparser subnet"
             )
-        return self._sampled({name: ~mask for name, mask in self.masks.items()}, generator, "complement_sample")
+        outside = {name: ~mask for name, mask in self.masks.items()}
+        return self._sampled(outside, generator, per_layer, "complement_sample")
 
-    def _sampled(self, candidates: dict[str, Tensor], generator: torch.Generator, control: str) -> Subnet:
+    def _sampled(
+        self, candidates: dict[str, Tensor], generator: torch.Generator, per_layer: bool, control: str
+    ) -> Subnet:
         if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
             raise TypeError(
                 f"Subnet.{control}: generator must be a CPU torch.Generator, got {generator!r}; "
                 "pass torch.Generator().manual_seed(seed)"
             )
-        masks = {}
-        for name in sorted(self.masks):
-            positions = candidates[name].reshape(-1).nonzero().reshape(-1)
-            chosen = torch.randperm(positions.numel(), generator=generator)[: int(self.masks[name].sum())]
-            sample = torch.zeros(self.masks[name].numel(), dtype=torch.bool)
-            sample[positions[chosen]] = True
-            masks[name] = sample.view_as(self.masks[name])
-        ordered = {name: masks[name] for name in self.masks}
-        return Subnet(ordered, {"control": control, "of": [self.provenance]}, base_hash=self.base_hash)
+        sizes = {name: int(mask.sum()) for name, mask in self.masks.items()}
+        masks = sampled(candidates, sizes, generator, per_layer)
+        provenance: dict[str, Any] = {"control": control, "of": [self.provenance]}
+        if not per_layer:
+            provenance["per_layer"] = False
+        return Subnet(masks, provenance, base_hash=self.base_hash)
 
     # --- on a model
 
@@ -258,47 +285,93 @@ class Subnet:
         return fitting_parameters(self.masks, model, caller)
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, mode: Mode = "keep") -> nn.Module:
-        """Set weights of ``model`` to zero in place and return it: ``w * m`` ("keep") or ``w * (1 - m)`` ("ablate").
+    def apply_(
+        self, model: nn.Module, mode: Mode = "keep", *, fill: Fill = "zero", generator: torch.Generator | None = None
+    ) -> nn.Module:
+        """Take weights out of ``model`` in place and return it: ``w * m`` ("keep") or ``w * (1 - m)`` ("ablate").
 
         Args:
             model: an unmasked model whose parameters fit; parameters without a mask are left alone.
-            mode: "keep" zeroes everything outside the subnet, "ablate" the subnet itself.
+            mode: "keep" takes out everything outside the subnet, "ablate" the subnet itself.
+            fill: what becomes of the weights that are taken out. "zero"; "mean", the mean of their whole parameter;
+                "reinit", fresh values by the model's own initialisation (transformers' ``_init_weights``, else the
+                module's ``reset_parameters``); or another network, a module or a state dict, to take them from.
+            generator: for "reinit", a CPU `torch.Generator`; its state decides the values and is advanced.
 
         Raises:
-            ValueError: the subnet does not fit the model (nothing is changed then), or an unknown mode.
+            ValueError: the subnet does not fit the model or ``fill``, an unknown mode or fill, or a parameter that the
+                model has no way to initialise.
+            TypeError: "reinit" without a generator.
+            In each case nothing is changed.
         """
-        parameters = self.parameters_in(model, "Subnet.apply_")
-        _check_unmasked(model, "Subnet.apply_")
-        self._zero(parameters, mode, "Subnet.apply_")
+        write = self._writing(model, mode, fill, generator, "Subnet.apply_")
+        write()
         return model
 
     @contextmanager
-    def applied(self, model: nn.Module, mode: Mode = "keep") -> Iterator[nn.Module]:
+    def applied(
+        self, model: nn.Module, mode: Mode = "keep", *, fill: Fill = "zero", generator: torch.Generator | None = None
+    ) -> Iterator[nn.Module]:
         """Context in which ``model`` computes with the subnet alone ("keep") or without it ("ablate").
 
         Args and errors as for `apply_`. On leaving, also through an exception, the masked parameters get their former
         values back bit for bit; what the block wrote into them is lost. Costs one copy of these parameters.
         """
-        parameters = self.parameters_in(model, "Subnet.applied")
-        _check_unmasked(model, "Subnet.applied")
-        _check_mode(mode, "Subnet.applied")
+        write = self._writing(model, mode, fill, generator, "Subnet.applied")
+        parameters = self.parameters_in(model)
         with torch.no_grad():
             saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
-            self._zero(parameters, mode, "Subnet.applied")
+            write()
             yield model
         finally:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(saved[name])
 
-    @torch.no_grad()
-    def _zero(self, parameters: Mapping[str, nn.Parameter], mode: Mode, caller: str) -> None:
+    def _writing(
+        self, model: nn.Module, mode: Mode, fill: Fill, generator: torch.Generator | None, caller: str
+    ) -> Callable[[], None]:
+        """Check everything and return the function that writes."""
+        parameters = self.parameters_in(model, caller)
+        _check_unmasked(model, caller)
         _check_mode(mode, caller)
-        for name, parameter in parameters.items():
-            mask = self.masks[name].to(parameter.device)
-            parameter.masked_fill_(mask if mode == "ablate" else ~mask, 0)
+        new_values = filler(fill, model, parameters, generator, caller)
+
+        @torch.no_grad()
+        def write() -> None:
+            for name, parameter in parameters.items():
+                mask = self.masks[name].to(parameter.device)
+                taken, values = mask if mode == "ablate" else ~mask, new_values(name, parameter)
+                if values.ndim:
+                    parameter.copy_(torch.where(taken, values, parameter))
+                else:
+                    parameter.masked_fill_(taken, values)
+
+        return write
+
+    def to_dense(self, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Return parameter name -> ``w * m``: the kept values in place, zeros elsewhere, on the CPU.
+
+        The masks themselves are ``subnet.masks``, dense bool tensors.
+
+        Args:
+            model: the network to take the values from; None takes those that the subnet carries.
+
+        Raises:
+            ValueError: there are no values, or the subnet does not fit ``model`` (other weights than it remembers
+                included).
+        """
+        weights = self.weights if model is None else self.with_weights(model, "Subnet.to_dense").weights
+        if weights is None:
+            raise ValueError(
+                "Subnet.to_dense: the subnet carries no values; pass the network, or load a file that was saved with "
+                "weights= (the masks alone are subnet.masks)"
+            )
+        return {
+            name: torch.zeros(mask.shape, dtype=weights[name].dtype).masked_scatter_(mask, weights[name])
+            for name, mask in self.masks.items()
+        }
 
     # --- file
 
