@@ -6,15 +6,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import subnet_file
-from .nn import MaskedLayer
+from . import subnet_file, subnet_folder
 from .subnet_file import Contents, check_ranks, check_values, listed, weights_hash
 from .subnet_fill import Fill, filler
+from .subnet_fit import check_finite, check_unmasked, fitting_parameters, kept_values
 from .subnet_heads import head_densities
 from .subnet_ranks import ranks_of, top_parts
 from .subnet_samples import sampled
@@ -334,7 +335,7 @@ class Subnet:
     ) -> Callable[[], None]:
         """Check everything and return the function that writes."""
         parameters = self.parameters_in(model, caller)
-        _check_unmasked(model, caller)
+        check_unmasked(model, caller)
         _check_mode(mode, caller)
         new_values = filler(fill, model, parameters, generator, caller)
 
@@ -405,6 +406,35 @@ class Subnet:
         masks, provenance, weights, base_hash, ranks = subnet_file.read(path)
         return cls(masks, provenance, base_hash=base_hash, weights=weights, ranks=ranks)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], weights: nn.Module | None = None) -> None:
+        """Write a folder to share: ``subnet.safetensors``, as `save` writes it, and ``README.md``, a card that says
+        what it is, of which model, its density and metrics, and how to load it.
+
+        Args:
+            folder: made if need be; what else lies in it stays. A card that was edited by hand, so that its line
+                "Written by ..." is gone, stays too.
+            weights: as for `save`.
+
+        Raises:
+            ValueError: as `save`.
+        """
+        subnet = self if weights is None else self.with_weights(weights, "Subnet.save_pretrained")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        subnet.save(folder / subnet_folder.FILE)
+        subnet_folder.write_card(folder, subnet)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Subnet:
+        """Return the subnet of a folder that `save_pretrained` wrote. Only ``subnet.safetensors`` is read, and nothing
+        is downloaded: fetch a shared folder first (``huggingface_hub.snapshot_download`` returns its path).
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no subnet in it.
+            ValueError: as `load`.
+        """
+        return cls.load(subnet_folder.file_in(folder))
+
     def with_weights(self, model: nn.Module, caller: str = "Subnet.with_weights") -> Subnet:
         """Return the same subnet carrying ``model``'s kept values and hash. Errors as for `save`."""
         parameters = self.parameters_in(model, caller)
@@ -417,63 +447,6 @@ class Subnet:
         values = {name: kept_values(self.masks[name], parameter) for name, parameter in parameters.items()}
         check_finite(values, caller)
         return Subnet(self.masks, self.provenance, base_hash=base_hash, weights=values, ranks=self.ranks)
-
-
-def fitting_parameters(masks: Mapping[str, Tensor], model: nn.Module, caller: str) -> dict[str, nn.Parameter]:
-    """Return ``model``'s parameters named in ``masks``. See `Subnet.parameters_in`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: a model must be a torch.nn.Module, got {type(model).__name__}")
-    available = dict(model.named_parameters(remove_duplicate=False))
-    found = {name: available[name] for name in masks if name in available}
-    missing = [name for name in masks if name not in available]
-    reshaped = [
-        f"{name} (subnet {list(masks[name].shape)}, model {list(parameter.shape)})"
-        for name, parameter in found.items()
-        if parameter.shape != masks[name].shape
-    ]
-    if missing or reshaped:
-        extra = [name for name, parameter in available.items() if name not in masks and parameter.ndim > 1]
-        problems = [("missing from the model", missing), ("differently shaped", reshaped)]
-        text = "; ".join(f"{what}: {listed(names)}" for what, names in problems if names)
-        hint = f"; the model has besides: {listed(extra)}" if missing and extra else ""
-        raise ValueError(f"{caller}: the subnet does not fit the model; {text}{hint}; pass the model it was made for")
-    _check_plain(found, caller)
-    return found
-
-
-def _check_plain(parameters: Mapping[str, nn.Parameter], caller: str) -> None:
-    seen: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        if id(parameter) in seen:
-            raise ValueError(
-                f"{caller}: {seen[id(parameter)]} and {name} are the same tied parameter and both have a mask; "
-                "keep the mask of one of the names"
-            )
-        seen[id(parameter)] = name
-        is_plain = type(parameter.data) is Tensor and parameter.layout == torch.strided
-        if not is_plain or not parameter.is_floating_point() or parameter.device.type == "meta":
-            raise ValueError(
-                f"{caller}: {name} must be a plain floating-point parameter with values, got "
-                f"{type(parameter.data).__name__} {parameter.dtype} on {parameter.device}; "
-                "sharded, quantized and meta parameters are not handled"
-            )
-
-
-def kept_values(mask: Tensor, weight: Tensor) -> Tensor:
-    """Return ``weight[mask]`` in C order: ``[kept]``, a copy on weight's device."""
-    return weight.detach()[mask.to(weight.device)]
-
-
-def check_finite(values: Mapping[str, Tensor], caller: str) -> None:
-    """Raise ValueError naming the parameters whose kept values hold a NaN or an infinity."""
-    bad = [name for name, kept in values.items() if not bool(torch.isfinite(kept).all())]
-    if bad:
-        raise ValueError(f"{caller}: the kept values must be finite, these hold NaN or infinity: {listed(bad)}")
-
-
-def _check_unmasked(model: nn.Module, caller: str) -> None:
-    if any(isinstance(module, MaskedLayer) for module in model.modules()):
-        raise ValueError(f"{caller}: the model is masked, so its own masks would come on top; unmask() it first")
 
 
 def _check_mode(mode: str, caller: str) -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..subnet import Subnet, check_finite, fitting_parameters, kept_values
+from ..subnet import Subnet
 from ..subnet_file import listed, weights_hash
+from ..subnet_fit import check_finite, fitting_parameters, kept_values
 from .anchor import ATTRIBUTE, Anchor, anchor_of
 
 
