@@ -15,6 +15,7 @@ from .discovery import Discoveries, Discovery, DiscoveryConfig, discover
 from .evaluation import evaluate_subnet
 from .masking import MaskSet, mask_model, masks_of
 from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLinear
+from .readers import read_masks, read_neurosurgeon, read_neurosurgeon_scores
 from .subnet import Subnet
 from .transfer import release, transfer
 
@@ -34,6 +35,9 @@ __all__ = [
     "masks_of",
     "metrics",
     "objectives",
+    "read_masks",
+    "read_neurosurgeon",
+    "read_neurosurgeon_scores",
     "release",
     "transfer",
 ]

@@ -1,0 +1,109 @@
+"""Tensors out of other people's files: safetensors, and what torch.save writes, without running what such a file says.
+
+A file of torch.save is a zip of a pickle and of the tensors' bytes. It is looked over first: nothing in it may be
+compressed (a small file could hold gigabytes), and its pickle may name only what a dict of tensors needs. Then it is
+read by ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_ALLOWED = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Bool", "Byte", "Char", "Short", "Int", "Long")),
+    *(f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double")),
+}  # fmt: skip
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+
+
+def tensors_of(source: str | os.PathLike[str] | Mapping[str, Any], caller: str) -> dict[str, Tensor]:
+    """Return the tensors of a state dict or of a file that holds one, by name, on the CPU.
+
+    A dict whose entry "state_dict" is a dict stands for that one. Entries that are no tensors are left out.
+
+    Args:
+        source: a dict, or the path of a safetensors file or of a file that torch.save wrote (torch 1.6 or newer).
+        caller: begins the error message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another format, or holds something else than tensors and plain values; or a
+            tensor is not dense, not on a device with memory, or a view that is larger than its memory.
+    """
+    where = caller
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        where = f"{caller}: cannot read {path}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{caller}: there is no file {path}; check the path")
+        try:
+            source = _read(path)
+        except Exception as error:  # each of zipfile, pickletools, torch and safetensors raises types of its own
+            text = " ".join(str(error).split())
+            mend = "pass a safetensors file, or a dict of tensors by torch.save"
+            raise ValueError(f"{where}: {text[:300]}; {mend}") from error
+    inner = source.get("state_dict") if isinstance(source, Mapping) else None
+    entries = inner if isinstance(inner, Mapping) else source
+    if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
+        raise ValueError(f"{where}: it must hold a dict of name to tensor, got {type(entries).__name__}")
+    tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        _check_has_memory(name, tensor, where)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _check_has_memory(name: str, tensor: Tensor, where: str) -> None:
+    is_plain = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
+    if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        what = f"must be a dense tensor with memory for all its {tensor.numel()} entries"
+        raise ValueError(f"{where}: {name[:80]!r} {what}")
+
+
+def _read(path: Path) -> Any:
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+    if start != b"PK\x03\x04":
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name).clone() for name in list(file.keys())}
+    _check_archive(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is a compressed archive, which torch.save never writes")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its entries are larger than the file")
+        pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise ValueError("it is an archive, but not one of torch.save")
+        _check_pickle(archive.read(pickles[0]))
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise ValueError if the pickle names anything but tensors, their storages and dicts.
+
+    A tuple that is referred to again is refused as well: the hash of such nested tuples takes exponential time.
+    """
+    tuples: set[Any] = set()
+    last = ""
+    for code, argument, _ in pickletools.genops(data):
+        if code.name == "GLOBAL" and argument not in _ALLOWED:
+            raise ValueError(f"its pickle names {argument!r}, which a dict of tensors does not need, so it is not read")
+        if code.name in ("BINPUT", "LONG_BINPUT") and last in _TUPLES:
+            tuples.add(argument)
+        if code.name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise ValueError("its pickle refers to a tuple twice, which torch.save does not do, so it is not read")
+        last = code.name
