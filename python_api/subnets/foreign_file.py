@@ -38,7 +38,8 @@ def tensors_of(source: str | os.PathLike[str] | Mapping[str, Any], caller: str) 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another format, or holds something else than tensors and plain values; or a
-            tensor is not dense, not on a device with memory, or a view that is larger than its memory.
+            tensor is not dense, not on a device with memory, or a view that is larger than its memory; or a name is not
+            one that a parameter can have.
     """
     where = caller
     if not isinstance(source, Mapping):
@@ -58,15 +59,18 @@ def tensors_of(source: str | os.PathLike[str] | Mapping[str, Any], caller: str) 
         raise ValueError(f"{where}: it must hold a dict of name to tensor, got {type(entries).__name__}")
     tensors = {name: value.detach() for name, value in entries.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        _check_has_memory(name, tensor, where)
+        _check(name, tensor, where)
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _check_has_memory(name: str, tensor: Tensor, where: str) -> None:
+def _check(name: str, tensor: Tensor, where: str) -> None:
+    if len(name) > 500 or not name.isprintable():
+        shown = ascii(name[:80])
+        raise ValueError(f"{where}: {shown} is no name of a parameter; it must be at most 500 printable characters")
     is_plain = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
     if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         what = f"must be a dense tensor with memory for all its {tensor.numel()} entries"
-        raise ValueError(f"{where}: {name[:80]!r} {what}")
+        raise ValueError(f"{where}: {name!r} {what}")
 
 
 def _read(path: Path) -> Any:

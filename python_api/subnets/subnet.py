@@ -404,7 +404,10 @@ class Subnet:
                 provenance), of another format or version, or contradicts itself.
         """
         masks, provenance, weights, base_hash, ranks = subnet_file.read(path)
-        return cls(masks, provenance, base_hash=base_hash, weights=weights, ranks=ranks)
+        try:
+            return cls(masks, provenance, base_hash=base_hash, weights=weights, ranks=ranks)
+        except (TypeError, ValueError) as error:  # a provenance with numbers that JSON reads and does not write
+            raise subnet_file.contradicting(path, error) from error
 
     def save_pretrained(self, folder: str | os.PathLike[str], weights: nn.Module | None = None) -> None:
         """Write a folder to share: ``subnet.safetensors``, as `save` writes it, and ``README.md``, a card that says
@@ -467,5 +470,5 @@ def _json_copy(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         raise TypeError(f"Subnet: provenance must be a dict, got {type(provenance).__name__}")
     try:
         return json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"Subnet: provenance must hold only what JSON can ({error}); convert it first") from error

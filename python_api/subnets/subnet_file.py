@@ -102,7 +102,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         return _decode(metadata, tensors)
     # What a right checksum over wrong contents may raise; RuntimeError: JSON too deep, sizes beyond 64 bits.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise _bad(path, f"its contents contradict each other ({_short(error)})") from error
+        raise contradicting(path, error) from error
 
 
 def _reading(path: Path, read: Callable[[Any], _T]) -> _T:
@@ -118,7 +118,7 @@ def _decode(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Contents:
     """Turn checked metadata and tensors into masks, values and ranks; any contradiction raises."""
     shapes = json.loads(metadata["shapes"])
     masks = {name: unpack_mask(tensors[name], tuple(shape)) for name, shape in shapes.items()}
-    provenance = json.loads(metadata["provenance"], parse_constant=_no_json)
+    provenance = json.loads(metadata["provenance"])
     if not masks or not isinstance(provenance, dict):
         raise ValueError("it holds no mask, or a provenance that is no dict")
     rest = {name: tensor for name, tensor in tensors.items() if name not in masks}
@@ -152,14 +152,15 @@ def check_ranks(name: str, mask: Tensor, ranks: Tensor) -> None:
         )
 
 
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _short(error: object, limit: int = 300) -> str:
     """The text of an error on one line, however long the names are that it quotes."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def contradicting(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """The error of a file whose parts are whole and make no subnet."""
+    return _bad(Path(path), f"its contents contradict each other ({_short(error)})")
 
 
 def _bad(path: Path, what: str, mend: str = "restore it from a copy or save the subnet again") -> ValueError:
