@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_DOCS = ("quickstart", "masking", "discovery", "transfer")
-RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in RUN_DOCS)]
+GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer")
+RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
 @pytest.mark.parametrize("page", RUNS, ids=lambda page: page.name)
