@@ -85,7 +85,9 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """Return the contents of a subnet file, or raise ValueError (FileNotFoundError) saying what is wrong with it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Subnet.load: there is no file {path}; check the path, or save a subnet there first")
+        mend = "check the path, or save a subnet there first"
+        mend = "it is a folder; Subnet.from_pretrained reads one" if path.is_dir() else mend
+        raise FileNotFoundError(f"Subnet.load: there is no file {path}; {mend}")
     metadata = _reading(path, lambda file: dict(file.metadata() or {}))
     if metadata.get("format") != FORMAT:  # before its tensors are read, which may be gigabytes
         raise _bad(path, "it is a safetensors file of something else", "pass a file written by Subnet.save")

@@ -1,5 +1,6 @@
 """The file of a subnet: what it holds, and that nothing damaged is ever loaded."""
 
+import base64
 import json
 import os
 import pathlib
@@ -85,6 +86,25 @@ def test_the_hash_sees_every_bit_name_and_dtype_but_not_strides():
     changed.view(torch.int32)[3, 5] ^= 1
     assert weights_hash({"a": changed}) != base
     assert weights_hash({"a": weight, "b": changed}) == weights_hash({"b": changed, "a": weight})
+
+
+WRITTEN_BY_VERSION_1 = (  # of {"weight": [[1, 0, 1], [0, 0, 1]]} over [[1., 2, 3], [4, 5, 6]], before ranks existed
+    "sAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJwcm92ZW5hbmNlIjoie1widGFza1wiOiBcInRcIiwgXCJzZWVkXCI6IDN9IiwiZm9y"
+    "bWF0X3ZlcnNpb24iOiIxIiwiY2hlY2tzdW0iOiJkZmJjYzkyNWJmZTMxM2IzNDRmN2M3YjgzYTdmNDM4MGJkM2NiOTBjYTRlOGVk"
+    "YzllZjM5NmRlYTlkOWIzYTExIiwiZm9ybWF0Ijoic3VibmV0cy5TdWJuZXQiLCJzaGFwZXMiOiJ7XCJ3ZWlnaHRcIjogWzIsIDNd"
+    "fSIsImJhc2VfaGFzaCI6IjgxOTlkY2UyMDFkYjFmYzJhNjk0ZmUzOWEwY2IyY2VmODg1NmRiMjNiMTNkMzEwMzlkYTdhNmEyM2I1"
+    "MTg0ZjYifSwidmFsdWVzOndlaWdodCI6eyJkdHlwZSI6IkYzMiIsInNoYXBlIjpbM10sImRhdGFfb2Zmc2V0cyI6WzAsMTJdfSwi"
+    "d2VpZ2h0Ijp7ImR0eXBlIjoiVTgiLCJzaGFwZSI6WzFdLCJkYXRhX29mZnNldHMiOlsxMiwxM119fSAgICAgICAAAIA/AABAQAAA"
+    "wEAl"
+)
+
+
+def test_a_file_of_the_first_version_loads(tmp_path):
+    (tmp_path / "s").write_bytes(base64.b64decode(WRITTEN_BY_VERSION_1))
+    loaded = Subnet.load(tmp_path / "s")
+    assert loaded.masks["weight"].int().tolist() == [[1, 0, 1], [0, 0, 1]] and loaded.ranks is None
+    assert loaded.weights["weight"].tolist() == [1, 3, 6] and loaded.provenance == {"task": "t", "seed": 3}
+    assert loaded.base_hash == weights_hash({"weight": torch.tensor([[1.0, 2, 3], [4, 5, 6]])})
 
 
 def test_saving_with_another_network_than_remembered_is_refused(tmp_path):
@@ -176,7 +196,7 @@ def test_random_bytes_and_foreign_files_are_refused(tmp_path):
             Subnet.load(path)
     with pytest.raises(FileNotFoundError, match=r"Subnet.load: there is no file"):
         Subnet.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"it is a folder; Subnet.from_pretrained reads one"):
         Subnet.load(tmp_path)
 
 

@@ -20,6 +20,8 @@ from subnets import Subnet, read_masks, read_neurosurgeon, subnet_file
 from torch import nn
 
 resource = pytest.importorskip("resource", reason="memory can't be limited here")
+STATM = Path("/proc/self/statm")
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="memory in use can't be read here")
 SLOWEST = 10.0  # seconds; a load takes about a millisecond, and the machine may be busy
 TRAP = Path("trap")
 
@@ -33,7 +35,7 @@ class Runs:
 def limits(tmp_path, monkeypatch) -> Iterator[None]:
     """256 MiB more than now, two minutes, and a folder in which a trap would show."""
     monkeypatch.chdir(tmp_path)
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    in_use = int(STATM.read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 
     def give_up(*_) -> None:
