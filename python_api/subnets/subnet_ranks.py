@@ -33,10 +33,10 @@ def ranks_of(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], caller: 
         raise ValueError(f"{caller}: scores must name the same parameters as the masks, these differ: {odd[:8]}")
     kept = {name: _kept_scores(name, mask.cpu(), scores[name], caller) for name, mask in masks.items()}
     in_order = torch.cat(list(kept.values())).sort().values
-    return {
-        name: (torch.searchsorted(in_order, its) * NUM_RANKS // max(1, in_order.numel())).to(torch.uint8)
-        for name, its in kept.items()
-    }
+    # Rank k and above: at least ceil(k * kept / 256) lower scores, so the last of these is lower.
+    last = -(-torch.arange(1, NUM_RANKS) * in_order.numel() // NUM_RANKS) - 1
+    thresholds = in_order[last] if in_order.numel() else in_order
+    return {name: torch.bucketize(its, thresholds, out_int32=True).to(torch.uint8) for name, its in kept.items()}
 
 
 def _kept_scores(name: str, mask: Tensor, scores: Tensor, caller: str) -> Tensor:

@@ -52,19 +52,19 @@ def test_top_of_a_large_subnet_is_right_to_a_256th():
 
 
 def test_ranks_and_values_go_through_the_file_and_through_top(tmp_path):
-    net = nn.Linear(7, 9)
-    scores = torch.randn(9, 7)
+    torch.manual_seed(0)
+    net, scores = nn.Linear(7, 9), torch.randn(9, 7)
     subnet = Subnet({"weight": scores > 0}).with_ranks({"weight": scores}).with_weights(net)
     subnet.save(tmp_path / "s")
     loaded = Subnet.load(tmp_path / "s")
     assert torch.equal(loaded.ranks["weight"], subnet.ranks["weight"])
-    top = loaded.top(0.3)
+    top = loaded.top(0.31)
     assert torch.equal(top.weights["weight"], net.weight[top.masks["weight"]])
     fresh = nn.Linear(7, 9)
     before = fresh.weight.detach().clone()
-    transfer(loaded, None, fresh, fraction=0.3)
+    transfer(loaded, None, fresh, fraction=0.31)
     assert torch.equal(fresh.weight, torch.where(top.masks["weight"], net.weight, before))
-    assert 0 < top.num_kept() == round(0.3 * subnet.num_kept())
+    assert 0 < top.num_kept() == round(0.31 * subnet.num_kept())
 
 
 def test_a_file_without_ranks_keeps_the_first_version_so_that_older_readers_take_it(tmp_path):
