@@ -32,7 +32,7 @@ def filler(
         if fill == "zero":
             return lambda name, parameter: torch.zeros((), dtype=parameter.dtype, device=parameter.device)
         if fill == "mean":
-            return lambda name, parameter: parameter.detach().double().mean().to(parameter.dtype)
+            return lambda name, parameter: parameter.detach().mean(dtype=torch.float64).to(parameter.dtype)
         return _reinitialiser(model, parameters, generator, caller)
     return _resampler(fill, parameters, caller)
 

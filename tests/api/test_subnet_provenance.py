@@ -33,6 +33,30 @@ def test_a_mask_set_and_a_discovery_give_ranks_when_asked():
     assert all(torch.equal(its, expected.ranks[n]) for n, its in masks.subnet(ranks=True).ranks.items())
 
 
+def test_a_discovery_that_goes_on_from_a_checkpoint_has_the_same_ranks(tmp_path):
+    def found(checkpoint, scores, keep_ranks=True, killed_after=None):
+        model, batches, loss = regression()
+        config = DiscoveryConfig(
+            epochs=4, lr=0.1, score_init=0.1, targets="all-linear", checkpoint=checkpoint, keep_ranks=keep_ranks
+        )
+
+        def kill(row, masks):
+            if row["epoch"] == killed_after:
+                raise KeyboardInterrupt
+
+        scores = iter(scores)
+        return discover(model, batches, loss, config, evaluate=lambda model: next(scores), callbacks=[kill])
+
+    alone = found(tmp_path / "alone", (0.1, 0.9, 0.2, 0.3))
+    with pytest.raises(KeyboardInterrupt):
+        found(tmp_path / "killed", (0.1, 0.9, 0.2), killed_after=2)
+    with pytest.raises(ValueError, match="keep_ranks"):
+        found(tmp_path / "killed", (), keep_ranks=False)
+    again = found(tmp_path / "killed", (0.2, 0.3))
+    assert again.best["epoch"] == alone.best["epoch"] == 1
+    assert all(torch.equal(its, alone.subnet.ranks[name]) for name, its in again.subnet.ranks.items())
+
+
 def test_discover_fills_in_what_it_knows():
     model, batches, loss = regression()
     config = DiscoveryConfig(epochs=2, seed=5, lam=1e-3, targets="all-linear")
