@@ -27,6 +27,13 @@ def provenance_of(model: nn.Module, **known: Any) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None} | {"versions": _versions(model)}
 
 
+def base_of(*provenances: dict[str, Any]) -> dict[str, Any]:
+    """Return what all of them say of their base model: the entries of it that are the same in each."""
+    first, *rest = provenances
+    names = [name for name in ("base_model", "architecture") if name in first]
+    return {name: first[name] for name in names if all(its.get(name) == first[name] for its in rest)}
+
+
 def _base_model(model: nn.Module) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None

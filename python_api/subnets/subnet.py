@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import subnet_file, subnet_folder
+from .provenance import base_of
 from .subnet_file import Contents, check_ranks, check_values, listed, weights_hash
 from .subnet_fill import Fill, filler
 from .subnet_fit import check_finite, check_unmasked, fitting_parameters, kept_values
@@ -179,7 +180,7 @@ class Subnet:
             mask[self.masks[name]] = parts[name]
         weights = {name: values[parts[name]] for name, values in self.weights.items()} if self.weights else None
         ranks = {name: its[parts[name]] for name, its in self.ranks.items()}
-        provenance = {"operation": "top", "fraction": fraction, "of": [self.provenance]}
+        provenance = self._derived(operation="top", fraction=fraction)
         return Subnet(masks, provenance, base_hash=self.base_hash, weights=weights, ranks=ranks)
 
     # --- algebra: the results carry no values and no ranks; the base's hash stays where both sides agree on it
@@ -199,7 +200,7 @@ class Subnet:
     def __invert__(self) -> Subnet:
         """Return the complement: all other weights of the same parameters."""
         masks = {name: ~mask for name, mask in self.masks.items()}
-        return Subnet(masks, {"operation": "complement", "of": [self.provenance]}, base_hash=self.base_hash)
+        return Subnet(masks, self._derived(operation="complement"), base_hash=self.base_hash)
 
     def iou(self, other: Subnet) -> float:
         """Return intersection over union, ``|A & B| / |A | B|`` in weights; 1.0 if both are empty."""
@@ -213,8 +214,13 @@ class Subnet:
             return NotImplemented
         self._check_same_parameters(other, operation)
         masks = {name: combine(mask, other.masks[name]) for name, mask in self.masks.items()}
-        provenance = {"operation": operation, "of": [self.provenance, other.provenance]}
+        provenance = self._derived(other, operation=operation)
         return Subnet(masks, provenance, base_hash=self.base_hash if self.base_hash == other.base_hash else None)
+
+    def _derived(self, *others: Subnet, **how: Any) -> dict[str, Any]:
+        """Provenance of a subnet made of this one and others."""
+        of = [subnet.provenance for subnet in (self, *others)]
+        return {**base_of(*of), **how, "of": of}
 
     def _check_same_parameters(self, other: Subnet, operation: str) -> None:
         if not isinstance(other, Subnet):
@@ -268,10 +274,8 @@ class Subnet:
             )
         sizes = {name: int(mask.sum()) for name, mask in self.masks.items()}
         masks = sampled(candidates, sizes, generator, per_layer)
-        provenance: dict[str, Any] = {"control": control, "of": [self.provenance]}
-        if not per_layer:
-            provenance["per_layer"] = False
-        return Subnet(masks, provenance, base_hash=self.base_hash)
+        how = {"control": control} if per_layer else {"control": control, "per_layer": False}
+        return Subnet(masks, self._derived(**how), base_hash=self.base_hash)
 
     # --- on a model
 

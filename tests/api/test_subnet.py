@@ -48,6 +48,16 @@ def test_algebra_remembers_where_its_sides_come_from_and_a_common_base_only():
     assert (left | subnet_of({"a": [1, 1]}, base_hash="y")).base_hash is None
 
 
+def test_what_is_made_of_subnets_of_one_model_says_so():
+    known = {"base_model": "gpt2", "architecture": "GPT2LMHeadModel", "seed": 1}
+    left, right = (subnet_of({"a": [1, 0, 0]}, provenance=known | {"seed": seed}) for seed in (1, 2))
+    base = {name: known[name] for name in ("base_model", "architecture")}
+    for made in (left | right, ~left, left.sample_like(generator(0))):
+        assert base.items() <= made.provenance.items() and "seed" not in made.provenance
+    other = subnet_of({"a": [1, 0, 0]}, provenance={"base_model": "bert", "architecture": "GPT2LMHeadModel"})
+    assert (left & other).provenance.keys() == {"architecture", "operation", "of"}
+
+
 def test_algebra_over_different_parameters_is_refused_with_the_names():
     with pytest.raises(ValueError, match=r"these differ: b \(\[4\] and absent\), c \(absent and \[1\]\)"):
         _ = A & subnet_of({"a": [[0, 0, 0], [0, 0, 0]], "c": [1]})

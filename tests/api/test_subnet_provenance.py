@@ -1,12 +1,14 @@
 """What a subnet remembers of where it comes from, and its ranks where a mask set or a discovery makes it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from subnets import DiscoveryConfig, discover, mask_model
+from subnets.provenance import NAMED
 from torch import nn
 
 
@@ -67,6 +69,12 @@ def test_discover_fills_in_what_it_knows():
     assert known["versions"]["torch"] == str(torch.__version__) and "transformers" not in known["versions"]
     assert "base_model" not in known and found.subnet.ranks is None
     assert "keep_ranks" not in known["config"]
+
+
+def test_the_guide_explains_every_named_entry():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "subnets.md").read_text()
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert all(f"`{name}`" in table for name in NAMED)
 
 
 def test_a_mask_set_names_the_base_model_of_a_transformers_model():
