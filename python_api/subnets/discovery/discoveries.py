@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subnet_kernels.masks import expand_scores, weights_per_score
 
+from ..provenance import base_of
 from ..subnet import Subnet
 from ..training.files import load_tensors, read_json, save_tensors, write_json
 from .record import Discovery
@@ -165,7 +166,8 @@ class Discoveries(Sequence[Discovery]):
             for weight in members[0].subnet.masks
         }
         provenance = {
-            "method": f"{name} of discoveries", **group, "seeds": [run.settings["seed"] for run in members],
+            **base_of(*(run.subnet.provenance for run in members)), "method": f"{name} of discoveries",
+            **group, "seeds": [run.settings["seed"] for run in members],
             "score": row.get(name),
         }  # fmt: skip
         return Subnet(masks, provenance, base_hash=members[0].subnet.base_hash)
@@ -213,7 +215,8 @@ class Discoveries(Sequence[Discovery]):
         mixed = {name: torch.lerp(low[name], high[name], t) for name in masks}
         kept = _keep_largest(mixed, {name: tuple(mask.shape) for name, mask in masks.items()}, density)
         of = [self.runs[i].settings for _, i in (below, above)]
-        provenance = {"method": "density on a path", "density": density, "between": of, "t": t}
+        base = base_of(self.runs[below[1]].subnet.provenance)
+        provenance = {**base, "method": "density on a path", "density": density, "between": of, "t": t}
         return Subnet(kept, provenance, base_hash=self.runs[below[1]].subnet.base_hash)
 
     # --- files -------------------------------------------------------------------------------------------------------
