@@ -1,32 +1,41 @@
-"""Compare two subnet files: how much they share, per layer and in all."""
+"""Compare two subnet files: how much they share, per parameter and in all, and how much random ones would.
+
+Only parameters that both mask in the same shape are compared; others are named. With --out FOLDER the same as
+report.html with a figure.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from ..report.comparison import Comparison, comparison_facts
+from ..report.drawing import save_figure
+from ..report.page import image, page, paragraph
 from ..subnet import Subnet
+from ..training.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", help="a file that Subnet.save wrote")
-    parser.add_argument("second", help="another, over the same parameters")
+    parser.add_argument("second", help="another, with parameters of the same names")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.html and iou.png there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the comparison; 0."""
     first, second = Subnet.load(args.first), Subnet.load(args.second)
-    in_all = first.iou(second)
-    print(f"{'layer':<40} {'first':>10} {'second':>10} {'both':>10} {'IoU':>7} {'by chance':>10}")
-    for name, a in first.masks.items():
-        b = second.masks[name]
-        print(_line(name, int(a.sum()), int(b.sum()), int((a & b).sum()), a.numel()))
-    total = sum(mask.numel() for mask in first.masks.values())
-    print(_line("all", first.num_kept(), second.num_kept(), (first & second).num_kept(), total))
-    print(f"intersection over union in all: {in_all:.4f}")
+    comparison = Comparison.of(first, second)
+    said = {"compared": f"{args.first} and {args.second}", **comparison_facts(first, second, comparison)}
+    print(comparison.table().text())
+    print("\n".join(f"{what}: {text}" for what, text in said.items()))
+    if args.out is not None:
+        figure = save_figure(comparison.figure(), args.out / "iou.png")
+        parts = [
+            *[paragraph(f"{what}: {text}") for what, text in said.items()],
+            image(figure, "Intersection over union by role and depth (dashed: random subnets); densities in both."),
+            comparison.table().html(),
+        ]
+        write_text(args.out / "report.html", page("Two subnetworks", parts))
+        print(f"written: {args.out / 'report.html'}")
     return 0
-
-
-def _line(name: str, a: int, b: int, both: int, size: int) -> str:
-    expected = a * b / max(size, 1)  # of two independent masks of these sizes
-    by_chance = expected / max(a + b - expected, 1e-12)
-    return f"{name:<40} {a:>10,} {b:>10,} {both:>10,} {both / max(a + b - both, 1):>7.4f} {by_chance:>10.4f}"
