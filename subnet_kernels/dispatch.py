@@ -53,7 +53,10 @@ def _check_name(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on the backend ``name``: "reference", "cpu", "triton" or "cuda".
+    """Run every op inside the block on the backend ``name``.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
 
     A call that this backend can't run raises :class:`BackendRefused` with the reason; it never falls back. The backward
     pass of a call runs on the backend of its forward pass, wherever it happens.

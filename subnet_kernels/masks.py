@@ -50,15 +50,19 @@ class MaskKind:
         return [float(getattr(self, field.name)) for field in fields(self)]
 
     def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """The mask m of each score: scores' shape and dtype."""
         raise NotImplementedError
 
     def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """dm/ds of each score."""
         raise NotImplementedError
 
     def penalty(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """What each score adds to the penalty for every weight that it governs; m, unless a kind says otherwise."""
         return self.value(scores, beta)
 
     def penalty_slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """The derivative of :meth:`penalty` in the score."""
         return self.slope(scores, beta)
 
 

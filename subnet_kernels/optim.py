@@ -22,6 +22,8 @@ from .ops.checks import is_of_masks
 from .rounding import round_to_bf16, rounding_bits
 from .slots import Slot, clear_all_slots
 
+__all__ = ["MaskAdamW", "bind_masks"]
+
 
 class Masked(NamedTuple):
     """What a score belongs to; layers put it on the parameter as ``scores.masked``."""

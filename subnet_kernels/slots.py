@@ -113,6 +113,7 @@ class Slot:
         return self._stamp
 
     def has_stamp(self, stamp: tuple[object, int] | None) -> bool:
+        """Whether nothing has cleared this slot, or all of them, since :meth:`stamp` gave this mark."""
         return stamp is not None and self._stamp is stamp and stamp[1] == _generation
 
     def release(self) -> None:

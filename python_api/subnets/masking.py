@@ -54,7 +54,7 @@ def mask_model(
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.
-        kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:<heads>", or block sizes.
+        kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:H", or block sizes.
         fused: nn.Linear, nn.Conv2d and Conv1D mask within their forward pass, which is fastest. Code that reads
             ``layer.weight`` itself would get the base weight there (:meth:`MaskSet.audit` finds out). False: as for all
             other parameters, whoever reads it gets the masked weight. Known readers need no word: layers inside
@@ -158,6 +158,9 @@ def _initial_scores(init: ScoreInit | None, name: str, weight: Tensor, score_ini
 def masks_of(model: nn.Module) -> MaskSet:
     """The MaskSet of a masked model: one made by mask_model, its deep copy or unpickled self, or a net of masked layers
     built by hand (whose layers then share one beta).
+
+    Args:
+        model: any module with masked layers in it.
 
     Raises:
         ValueError: no masked layer; or hand-built layers that differ in beta or state.

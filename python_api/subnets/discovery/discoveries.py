@@ -60,14 +60,17 @@ class Discoveries(Sequence[Discovery]):
 
     @property
     def seeds(self) -> list[int]:
+        """The members' seeds, each once, in the order of the runs."""
         return self._values("seed")
 
     @property
     def penalties(self) -> list[float]:
+        """The members' lam, each once, in the order of the runs."""
         return self._values("lam")
 
     @property
     def score_inits(self) -> list[float]:
+        """The members' initial scores, each once, in the order of the runs."""
         return self._values("score_init")
 
     def group(self, lam: float | None = None, score_init: float | None = None) -> list[Discovery]:

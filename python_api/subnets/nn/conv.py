@@ -31,7 +31,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     Args:
         in_channels ... dtype: as nn.Conv2d, every padding and padding_mode included.
         kind, score_init: as MaskedLinear.
-        unit: "weight", "row" (one score per filter), "column" (per input channel), "head:<heads>", or four block sizes.
+        unit: "weight", "row" (one score per filter), "column" (per input channel), "head:H", or four block sizes.
 
     Raises:
         ValueError: as MaskedLinear.

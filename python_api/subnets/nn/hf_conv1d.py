@@ -26,6 +26,10 @@ class MaskedHFConv1D(MaskedLayer):
         nf, nx: numbers of outputs and inputs; weight is [nx, nf], bias [nf], as in transformers.
         kind, score_init: as MaskedLinear.
         unit: names roles as everywhere: "row" is one score per output, here a column of the stored weight.
+        device, dtype: as nn.Linear.
+
+    Raises:
+        ValueError: as MaskedLinear.
     """
 
     passes_transposed = True

@@ -30,7 +30,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         kind: "sigmoid" or a MaskKind.
         score_init: the initial score (finite). At beta 1, -0.1 gives a mask of .475, dropped unless training raises it.
-        unit: what one score governs: "weight", "row" (output unit), "column" (input unit), "head:<heads>", or a pair of
+        unit: what one score governs: "weight", "row" (output unit), "column" (input unit), "head:H", or a pair of
             block sizes.
 
     Raises:

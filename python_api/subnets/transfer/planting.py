@@ -51,12 +51,10 @@ def transfer(
     for the matrices of GPT-2 layers of width 128 at density 0.18 in fp32; the training step itself, AdamW on a batch of
     50 x 4 tokens, takes 15 ms (1 layer) and 160 ms (12 layers):
 
-    ==========================  ====================  =======================
-    masked weights              packed (default)      ``keep_positions=True``
-    ==========================  ====================  =======================
-    196,608 (1 layer)           1.8 ms, 0.17 MB       0.4 ms, 0.31 MB
-    12 x 196,608                37 ms, 2.0 MB         7.6 ms, 3.7 MB
-    ==========================  ====================  =======================
+    | masked weights | packed (default) | ``keep_positions=True`` |
+    |---|---|---|
+    | 196,608 (1 layer) | 1.8 ms, 0.17 MB | 0.4 ms, 0.31 MB |
+    | 12 x 196,608 | 37 ms, 2.0 MB | 7.6 ms, 3.7 MB |
 
     Args:
         subnet: what to plant; its names are target's parameter names.
@@ -102,7 +100,11 @@ def transfer(
 def release(target: nn.Module) -> nn.Module:
     """Return ``target`` with no entry held any more: hooks and attributes are gone, values stay, all entries train.
 
-    A target that holds nothing is returned as it is.
+    Args:
+        target: a network that `transfer` planted in; one that holds nothing is returned as it is.
+
+    Raises:
+        TypeError: target is no module.
     """
     if not isinstance(target, nn.Module):
         raise TypeError(f"release: target must be a torch.nn.Module, got {type(target).__name__}")
