@@ -20,7 +20,7 @@ help:
 	@echo "make test-triton36  the Triton kernels with Triton 3.6 (PyTorch 2.11's), in .venv36"
 	@echo "make lint       ruff"
 	@echo "make bench      the benchmarks, against eager PyTorch, torch.compile, nn.Linear and NeuroSurgeon"
-	@echo "make docs       check that the code in the docs runs and that their links lead somewhere"
+	@echo "make docs       check the docs (their code runs, links lead somewhere) and build the API reference"
 	@echo "make cutlass    build the products on CUTLASS too, where there is nvcc (make test does)"
 	@echo "make cutlass-headers  copy CUTLASS's headers to build/cutlass, for a GPU machine without network"
 	@echo "make gpu-check  build, test and measure on a GPU machine; results in OUT=folder, PARTS=some,parts"
@@ -70,7 +70,10 @@ bench: setup
 	@$(BIN)/python -m benchmarks
 
 docs: setup
-	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py
+	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py tests/packaging/test_docstrings.py
+	@$(PIP) install -q -c constraints.txt pdoc
+	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source -o build/api subnets subnet_kernels
+	@echo "API reference: build/api/index.html"
 
 # copies CUTLASS's headers to where a build looks that has no package: for machines without network
 cutlass-headers: setup
