@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer")
+GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon")
 RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
