@@ -70,7 +70,7 @@ bench: setup
 	@$(BIN)/python -m benchmarks
 
 docs: setup
-	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py tests/packaging/test_docstrings.py
+	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py tests/packaging/test_docstrings.py tests/packaging/test_troubleshooting.py
 	@$(PIP) install -q -c constraints.txt pdoc
 	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source -o build/api subnets subnet_kernels
 	@echo "API reference: build/api/index.html"
