@@ -8,6 +8,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 # where there is a C++ compiler, a missing extension is a failure, not a reason to skip its tests
 REQUIRE := $(if $(shell command -v $${CXX:-g++}),--require-backend cpu)
+# what the API reference documents: packages and modules that the guides import from
+API := subnets subnet_kernels subnets.training.member_training subnets.training.stacked_module subnets.report.stability subnets.trainer
 IS_LINUX := $(filter Linux,$(shell uname))  # there is no Triton elsewhere
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
@@ -72,7 +74,7 @@ bench: setup
 docs: setup
 	@$(BIN)/python -m pytest -q tests/packaging/test_docs.py tests/packaging/test_docstrings.py tests/packaging/test_troubleshooting.py
 	@$(PIP) install -q -c constraints.txt pdoc
-	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source -o build/api subnets subnet_kernels
+	@$(BIN)/python -W error -m pdoc --docformat google --no-show-source -o build/api $(API)
 	@echo "API reference: build/api/index.html"
 
 # copies CUTLASS's headers to where a build looks that has no package: for machines without network

@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import re
 import textwrap
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +33,9 @@ def _public(module: ModuleType) -> dict[str, Any]:
     return found
 
 
-PUBLIC = {**_public(subnets), **_public(subnet_kernels)}
+_MAKEFILE = (Path(__file__).resolve().parents[2] / "Makefile").read_text()
+MODULES = re.findall(r"^API := (.*)$", _MAKEFILE, flags=re.MULTILINE)[0].split()  # what `make docs` documents
+PUBLIC = {name: thing for module in MODULES for name, thing in _public(importlib.import_module(module)).items()}
 _LISTS = ("Args", "Attributes")
 each = pytest.mark.parametrize("name", PUBLIC)
 

@@ -21,6 +21,7 @@ from subnets.report.page import Table, image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["stability_parts"]  # what the guide uses; the tables are for the experiments
 MOST_NUMBERED = 12  # members up to which an IoU matrix has its numbers written in
 MOST_MAPS = 16  # layers whose keep frequency is shown weight by weight
 
@@ -116,8 +117,13 @@ def keep_counts(found: Discoveries, lam: float | None = None, score_init: float 
 
 
 def stability_parts(found: Discoveries, figures: Path) -> list[str]:
-    """Tables and figures of the whole result as parts of a page (:func:`subnets.report.page.page`); the figures are
-    written to the folder ``figures`` as PNG too. Per-layer parts show the group with the middle penalty."""
+    """Tables and figures of the whole result as parts of a page (:func:`subnets.report.page.page`). Per-layer parts
+    show the group with the middle penalty.
+
+    Args:
+        found: of :func:`subnets.discover`.
+        figures: folder to which the figures are written as PNG too.
+    """
     middle = sorted(found.penalties)[len(found.penalties) // 2], found.score_inits[0]
     drawn = {
         "path": (_path_figure(found), "Density against score: one point per penalty, bars are one standard deviation."),

@@ -346,7 +346,12 @@ def train_stack(
     report: Report | None = None,
     device: torch.device | str = "cpu",
 ) -> list[MemberResult]:
-    """Results of training `members` side by side, in their order; see StackTrainer."""
+    """Results of training `members` side by side, in their order.
+
+    Args:
+        network, members, recipe, checkpoint, device: as for `StackTrainer`, whose errors it raises.
+        report: called with numbers on the way (for a progress bar), or None.
+    """
     return StackTrainer(network, members, recipe, checkpoint=checkpoint, device=device).run(report)
 
 
