@@ -77,6 +77,10 @@ def test_the_number_of_heads_may_be_in_the_file(transformer, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "h.safetensors"), "--json"]) == 0
     heads = json.loads(capsys.readouterr().out)["heads"]
     assert heads["attn.c_attn v"] == {"0": [0.0, 0.0], "1": [0.0, 1.0]}
+    for odd in (3, 0, -2, 10**30, True, "2", [2]):  # a file may say anything
+        Subnet(masks, {"num_heads": odd}).save(tmp_path / "h.safetensors")
+        assert main(["inspect", str(tmp_path / "h.safetensors")]) == 0
+        assert "pass --heads N" in capsys.readouterr().out
 
 
 def test_inspect_writes_a_page_figures_and_rows(transformer, files, tmp_path, capsys):

@@ -81,9 +81,16 @@ def _role_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def heads_of(subnet: Subnet) -> int | None:
-    """The number of attention heads that the file itself names, ``provenance["num_heads"]``; None without it."""
+    """The number of attention heads that the file itself names, ``provenance["num_heads"]``; None without it, or where
+    it can't be that of these masks."""
     heads = subnet.provenance.get("num_heads")
-    return heads if isinstance(heads, int) and heads > 0 else None
+    if type(heads) is not int:
+        return None
+    try:
+        head_maps(subnet, heads)
+    except ValueError:
+        return None
+    return heads
 
 
 @dataclass(frozen=True)
