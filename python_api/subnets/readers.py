@@ -112,8 +112,12 @@ def read_neurosurgeon(
 
 def read_neurosurgeon_scores(source: Source, *, base: nn.Module | None = None) -> dict[str, Tensor]:
     """Return parameter name -> scores of a continuous sparsification, to go on from:
-    ``mask_model(model, targets=list(scores), init=scores)``, or `Subnet.with_ranks`. Arguments and errors as for
-    `read_neurosurgeon`; fp32, of the weight's shape or of a unit's (a "neuron" is our "row")."""
+    ``mask_model(model, targets=list(scores), init=scores)``, or `Subnet.with_ranks`; fp32, of the weight's shape or of
+    a unit's (a "neuron" is our "row").
+
+    Args:
+        source, base: as for `read_neurosurgeon`, whose errors it raises.
+    """
     caller = "read_neurosurgeon_scores"
     scores, _ = _scores_and_weights(tensors_of(source, caller), base, caller)
     return {name: its.float() for name, its in scores.items()}
