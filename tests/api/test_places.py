@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from subnets.report.places import head_densities, places_of
+from subnets.report.places import heads_by_projection, places_of
+from subnets.subnet import Subnet
 from torch import Tensor, nn
 
 # one per line: name, role, depth, position
@@ -85,20 +86,20 @@ def test_densities_of_heads_of_each_layout():
     conv1d = {"h.0.attn.c_attn.weight": torch.cat([q, k, v]).t(), "h.0.attn.c_proj.weight": o}
     linear = {"h.0.attn.c_attn.weight": torch.cat([q, k, v]), "h.0.attn.c_proj.weight": o.t()}
     for masks in (conv1d, linear):
-        assert head_densities(masks, 3) == {
+        assert heads_by_projection(masks, 3) == {
             "h.0.attn.c_attn.weight": {"q": query, "k": key, "v": value},
             "h.0.attn.c_proj.weight": {"": out},
         }
     separate = {"l.0.self_attn.q_proj.weight": q, "l.0.self_attn.o_proj.weight": o.t(), "l.0.mlp.fc1.weight": q}
-    assert head_densities(separate, 3) == {
+    assert heads_by_projection(separate, 3) == {
         "l.0.self_attn.q_proj.weight": {"": query}, "l.0.self_attn.o_proj.weight": {"": out},
     }  # fmt: skip
     bert = {"layer.0.attention.self.value.weight": v, "layer.0.attention.output.dense.weight": o.t(),
             "layer.0.output.dense.weight": o}  # fmt: skip
-    assert list(head_densities(bert, 3)) == list(bert)[:2]
+    assert list(heads_by_projection(bert, 3)) == list(bert)[:2]
     t5 = {"layer.0.SelfAttention.q.weight": q, "layer.0.SelfAttention.o.weight": o.t(),
           "layer.1.DenseReluDense.wo.weight": o.t()}  # fmt: skip
-    assert list(head_densities(t5, 3)) == list(t5)[:2]
+    assert list(heads_by_projection(t5, 3)) == list(t5)[:2]
 
 
 def test_the_layout_of_multihead_attention_is_torchs():
@@ -110,7 +111,7 @@ def test_the_layout_of_multihead_attention_is_torchs():
     x = torch.randn(2, 5, 12)
     kept = attention.in_proj_weight.detach().clone() != 0
     kept[24 + 4 : 24 + 8] = False
-    found = head_densities({"in_proj_weight": kept}, 3)
+    found = heads_by_projection({"in_proj_weight": kept}, 3)
     assert found["in_proj_weight"] == {"q": [1.0] * 3, "k": [1.0] * 3, "v": [1.0, 0.0, 1.0]}
     with torch.no_grad():
         attention.in_proj_weight.mul_(kept)
@@ -120,14 +121,24 @@ def test_the_layout_of_multihead_attention_is_torchs():
 
 def test_key_and_value_may_have_fewer_heads_and_raw_parameters_need_no_number():
     grouped = {"0.q_proj.weight": of_heads([1.0, 0.5, 0.0, 0.5], 2, 8), "0.k_proj.weight": of_heads([0.5, 1.0], 2, 8)}
-    assert head_densities(grouped, 4)["0.k_proj.weight"] == {"": [0.5, 1.0]}
+    assert heads_by_projection(grouped, 4)["0.k_proj.weight"] == {"": [0.5, 1.0]}
     raw = {"blocks.0.attn.W_K": torch.stack([torch.ones(6, 2).bool(), torch.zeros(6, 2).bool()])}
-    assert head_densities(raw, None) == {"blocks.0.attn.W_K": {"": [1.0, 0.0]}}
-    assert head_densities(grouped, None) == {}
+    assert heads_by_projection(raw, None) == {"blocks.0.attn.W_K": {"": [1.0, 0.0]}}
+    assert heads_by_projection(grouped, None) == {}
 
 
 @pytest.mark.parametrize("heads", [0, -1, 3])
 def test_a_number_of_heads_that_does_not_fit_is_refused(heads):
     masks = {"0.q_proj.weight": torch.ones(8, 8, dtype=torch.bool)}
     with pytest.raises(ValueError, match=f"heads must .*got {heads}"):
-        head_densities(masks, heads)
+        heads_by_projection(masks, heads)
+
+
+def test_inspect_and_subnet_count_heads_alike():
+    """With the head's size that the number of heads gives, per-head densities are those of Subnet.density_per_head."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"h.0.attn.c_attn.weight": (8, 24), "h.0.attn.c_proj.weight": (8, 8), "h.0.attn.W_V": (4, 8, 2)}
+    masks = {name: torch.rand(shape, generator=generator) < 0.4 for name, shape in shapes.items()}
+    found = heads_by_projection(masks, 4)
+    for name, densities in Subnet(masks).density_per_head(2).items():
+        assert [value for part in found[name].values() for value in part] == densities.tolist()

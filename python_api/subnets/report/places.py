@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from subnets.subnet_heads import head_densities, head_dimension, num_parts
+
 
 @dataclass(frozen=True)
 class Place:
@@ -91,31 +93,11 @@ def _shared_beginning(roles: Sequence[tuple[str, ...]]) -> int:
 
 # --- heads -----------------------------------------------------------------------------------------------------------
 
-# How the names of attention's projections end in the models people have, and where their heads lie: blocks of the
-# weight's output units ("out"), of its input units ("in"), of query's, key's and value's output units one after the
-# other ("qkv"), of output units that hold query, key and value of a head ("out" too), or the first dimension ("first").
-_PROJECTIONS = [
-    (re.compile(rf"(^|\.)({names})(\.weight)?$"), kind)
-    for kind, names in {
-        "first": r"_?W_[QKV]|W_O",  # TransformerLens: [heads, ...]
-        "qkv": r"c_attn|in_proj_weight|in_proj|qkv|Wqkv",
-        "out": r"[qkv]|[qkv]_proj|[qkv]_lin|to_[qkv]|attention\.w[qkv]|query|key|value|query_key_value",
-        "in": r"o|o_proj|out_proj|out_lin|to_out\.0|attention\.(wo|(output\.)?dense)|attn\.(c_)?proj",
-    }.items()
-]
+def heads_by_projection(masks: Mapping[str, Tensor], heads: int | None) -> dict[str, dict[str, list[float]]]:
+    """Return, for each attention projection among the masks, the density of every head, as `Subnet.density_per_head`.
 
-
-def is_projection(name: str) -> bool:
-    """Does the name end as an attention projection's does, so that parts of it belong to heads?"""
-    return _kind(name) is not None
-
-
-def head_densities(masks: Mapping[str, Tensor], heads: int | None) -> dict[str, dict[str, list[float]]]:
-    """Return, for each attention projection among the masks, the density of every head.
-
-    Which projections there are is told by how their names end (GPT-2, BERT, ViT, Llama, T5, nn.MultiheadAttention,
-    TransformerLens and what is named like them), the size of a head by ``heads`` and the widest of them, so that
-    key and value may have fewer heads than query.
+    Which projections there are is told by their names (`subnet_heads.HEADS_ALONG`), the size of a head by ``heads`` and
+    the widest of them, so that key and value may have fewer heads than query.
 
     Args:
         masks: parameter name -> bool tensor, as in `Subnet.masks`.
@@ -129,49 +111,29 @@ def head_densities(masks: Mapping[str, Tensor], heads: int | None) -> dict[str, 
         ValueError: ``heads`` is < 1 or does not divide the widest projection.
     """
     if heads is not None and heads < 1:
-        raise ValueError(f"head_densities: heads must be 1 or more, got {heads}")
-    found: dict[str, dict[str, list[float]]] = {}
-    flat: dict[str, dict[str, Tensor]] = {}  # name -> part -> counts of kept weights by unit of the heads' dimension
-    units: dict[str, int] = {}  # name -> weights in such a unit
-    for name, mask in masks.items():
-        kind = _kind(name)
-        if kind == "first" and mask.ndim == 3 and mask.numel():
-            found[name] = {"": (mask.flatten(1).sum(1) / (mask.numel() // len(mask))).tolist()}
-        elif kind not in (None, "first") and mask.ndim == 2 and mask.numel():
-            dim = _head_dimension(name, kind, masks)
-            if dim is not None:
-                counts = mask.sum(1 - dim)
-                flat[name] = dict(zip("qkv", counts.chunk(3))) if kind == "qkv" else {"": counts}
-                units[name] = mask.shape[1 - dim]
-    if heads is None or not flat:
-        return found
-    widths = {name: len(next(iter(parts.values()))) for name, parts in flat.items()}
-    widest = max(widths, key=lambda name: widths[name])
-    if widths[widest] % heads:
-        raise ValueError(
-            f"head_densities: heads must divide the width of {widest}, {widths[widest]}, got {heads}; pass the model's "
-            "number of attention heads"
-        )
-    size = widths[widest] // heads
-    for name, parts in flat.items():
-        if widths[name] % size == 0:
-            each = size * units[name]
-            found[name] = {part: (c.view(-1, size).sum(1) / each).tolist() for part, c in parts.items()}
-    return {name: found[name] for name in masks if name in found}
+        raise ValueError(f"heads must be 1 or more, got {heads}")
+    dims = {name: head_dimension(name, masks) for name, mask in masks.items() if mask.numel()}
+    raw = [name for name, dim in dims.items() if dim is not None and masks[name].ndim == 3]
+    widths = {
+        name: masks[name].shape[dim] // num_parts(name, masks[name])
+        for name, dim in dims.items()
+        if dim is not None and masks[name].ndim == 2 and heads is not None
+    }
+    size = 1
+    if heads is not None and widths:
+        widest = max(widths, key=lambda name: widths[name])
+        size, rest = divmod(widths[widest], heads)
+        if rest:
+            raise ValueError(
+                f"heads must divide the width of {widest}, {widths[widest]}, got {heads}; pass the model's number of "
+                "attention heads"
+            )
+    fitting = {name: masks[name] for name in masks if name in raw or (name in widths and widths[name] % size == 0)}
+    found = head_densities(fitting, size, None, "heads_by_projection") if fitting else {}
+    return {name: _parts_of(name, masks[name], densities) for name, densities in found.items()}
 
 
-def _kind(name: str) -> str | None:
-    return next((kind for ending, kind in _PROJECTIONS if ending.search(name)), None)
-
-
-def _head_dimension(name: str, kind: str | None, masks: Mapping[str, Tensor]) -> int | None:
-    """The dimension along which heads lie: 0 or 1; None where it can't be told. A Linear's weight is [out, in],
-    transformers' Conv1D's [in, out]; with c_attn, which is three times as long as wide, one can tell which it is."""
-    rows, columns = masks[name].shape
-    if kind == "qkv":
-        return 0 if rows == 3 * columns else 1 if columns == 3 * rows else None
-    if "c_proj" in name:
-        sibling = masks.get(name.replace("c_proj", "c_attn"))
-        dim = None if sibling is None else _head_dimension(name.replace("c_proj", "c_attn"), "qkv", masks)
-        return None if dim is None else 1 - dim
-    return 0 if kind == "out" else 1
+def _parts_of(name: str, mask: Tensor, densities: Tensor) -> dict[str, list[float]]:
+    if num_parts(name, mask) == 1:
+        return {"": densities.tolist()}
+    return {part: its.tolist() for part, its in zip("qkv", densities.chunk(3), strict=True)}

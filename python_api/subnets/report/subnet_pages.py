@@ -14,8 +14,9 @@ from torch import Tensor
 
 from subnets.report.drawing import new_figure, save_figure
 from subnets.report.page import Table, image, paragraph
-from subnets.report.places import head_densities, is_projection, places_of
+from subnets.report.places import heads_by_projection, places_of
 from subnets.subnet import Subnet
+from subnets.subnet_heads import head_dimension
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,8 @@ def facts(subnet: Subnet, heads: int | None) -> dict[str, str]:
     }
     if ranks_in(subnet) is None:
         said["scores"] = "no ranks of the scores in the file, so no histogram of them"
-    if heads is None and any(is_projection(name) for name in subnet.masks):
+    projections = [m for name, m in subnet.masks.items() if head_dimension(name, subnet.masks) is not None]
+    if heads is None and any(mask.ndim == 2 for mask in projections):
         said["heads"] = "pass --heads N, the model's number of attention heads, for densities by head"
     return said
 
@@ -115,10 +117,10 @@ class HeadMap:
 
 
 def head_maps(subnet: Subnet, heads: int | None) -> list[HeadMap]:
-    """One map per attention projection ("attn.c_attn q"). See `subnets.report.places.head_densities`."""
+    """One map per attention projection ("attn.c_attn q"). See `subnets.report.places.heads_by_projection`."""
     places = places_of(list(subnet.masks))
     found: dict[str, dict[str, list[float]]] = {}
-    for name, parts in head_densities(subnet.masks, heads).items():
+    for name, parts in heads_by_projection(subnet.masks, heads).items():
         depth = _text(places[name].depth)
         for part, values in parts.items():
             rows = found.setdefault(f"{places[name].role} {part}".strip(), {})
