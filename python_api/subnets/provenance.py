@@ -11,6 +11,7 @@ from torch import nn
 NAMED = {
     "base_model": "id or folder of the model, as transformers' `name_or_path` has it",
     "architecture": "the model's class",
+    "num_heads": "its number of attention heads, by which `subnets inspect` tells them apart",
     "method": "what found the subnet",
     "beta": "inverse temperature at the end",
     "lam": "weight of the mask penalty",
@@ -23,7 +24,10 @@ NAMED = {
 
 def provenance_of(model: nn.Module, **known: Any) -> dict[str, Any]:
     """Return the provenance of a subnet of ``model``: what can be told from it, and what is ``known`` (None is not)."""
-    facts = {"base_model": _base_model(model), "architecture": _class_of(model).__name__, **known}
+    facts = {
+        "base_model": _base_model(model), "architecture": _class_of(model).__name__, "num_heads": _num_heads(model),
+        **known,
+    }  # fmt: skip
     return {name: value for name, value in facts.items() if value is not None} | {"versions": _versions(model)}
 
 
@@ -37,6 +41,15 @@ def base_of(*provenances: dict[str, Any]) -> dict[str, Any]:
 def _base_model(model: nn.Module) -> str | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def _num_heads(model: nn.Module) -> int | None:
+    """As transformers and TransformerLens name it."""
+    for settings, name in (("config", "num_attention_heads"), ("cfg", "n_heads")):
+        heads = getattr(getattr(model, settings, None), name, None)
+        if isinstance(heads, int) and heads > 0:
+            return heads
+    return None
 
 
 def _class_of(model: nn.Module) -> type:

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
-from subnets import Discoveries, Discovery
+from subnets import Discoveries, Discovery, mask_model
 from subnets.cli import main
 from subnets.report.comparison import Comparison
 from subnets.report.subnet_pages import subnet_parts, subnet_tables
 from subnets.subnet import Subnet
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_scores_are_shown_where_a_subnet_has_ranks(transformer, tmp_path):
     _, masks = transformer
     subnet = Subnet(masks)
     low, high = torch.tensor([0] * 8, dtype=torch.uint8), torch.tensor([128] * 15 + [255], dtype=torch.uint8)
-    vars(subnet)["ranks"] = {
+    subnet.ranks = {
         "h.0.attn.c_attn.weight": low[:0], "h.1.attn.c_attn.weight": low, "h.0.mlp.c_fc.weight": high,
         "h.1.mlp.c_fc.weight": high, "classifier.weight": low[:4],
     }  # fmt: skip
@@ -116,6 +117,19 @@ def test_scores_are_shown_where_a_subnet_has_ranks(transformer, tmp_path):
     ]  # fmt: skip
     subnet_parts(subnet, None, tmp_path / "out")
     assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+
+
+def test_the_number_of_heads_and_the_ranks_come_with_the_model_and_a_folder_is_read_too(tmp_path, capsys):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=8, n_layer=1, n_head=2))
+    masks = mask_model(model, init=lambda name, weight: torch.linspace(-1, 1, weight.numel()).view_as(weight))
+    masks.subnet(ranks=True).save_pretrained(tmp_path / "folder")
+    assert main(["inspect", str(tmp_path / "folder"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    (query,) = lines_with(printed, "attn.c_attn q")
+    assert query[2:4] == ["2", "0.5000"]
+    assert "By score" in printed and (tmp_path / "out" / "scores.png").exists()
+    assert main(["diff", str(tmp_path / "folder"), str(tmp_path / "folder" / "subnet.safetensors")]) == 0
+    assert "intersection over union in all: 1.0000" in capsys.readouterr().out
 
 
 def test_an_empty_subnet_is_drawn_too(tmp_path):

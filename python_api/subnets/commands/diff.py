@@ -12,19 +12,19 @@ from pathlib import Path
 from ..report.comparison import Comparison, comparison_facts
 from ..report.drawing import save_figure
 from ..report.page import image, page, paragraph
-from ..subnet import Subnet
+from ..report.subnet_pages import load_subnet
 from ..training.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("first", help="a file that Subnet.save wrote")
+    parser.add_argument("first", help="a file or folder that Subnet wrote")
     parser.add_argument("second", help="another, with parameters of the same names")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.html and iou.png there")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the comparison; 0."""
-    first, second = Subnet.load(args.first), Subnet.load(args.second)
+    first, second = load_subnet(args.first), load_subnet(args.second)
     comparison = Comparison.of(first, second)
     said = {"compared": f"{args.first} and {args.second}", **comparison_facts(first, second, comparison)}
     print(comparison.table().text())

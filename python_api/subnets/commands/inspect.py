@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..report.page import page
-from ..report.subnet_pages import facts, head_maps, heads_of, layer_rows, subnet_parts, subnet_tables
+from ..report.subnet_pages import facts, head_maps, heads_of, layer_rows, load_subnet, subnet_parts, subnet_tables
 from ..subnet import Subnet
 from ..training.files import write_csv, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a file that Subnet.save wrote")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file or folder that Subnet wrote")
     parser.add_argument("--heads", type=int, metavar="N", help="the model's number of attention heads")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.html, figures and layers.csv there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables: one object, or a list")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print what the files hold; 0."""
-    subnets = {file: Subnet.load(file) for file in args.files}
+    subnets = {file: load_subnet(file) for file in args.files}
     heads = {file: heads_of(subnet) if args.heads is None else args.heads for file, subnet in subnets.items()}
     if args.json:
         summaries = [_summary(subnet, heads[file]) for file, subnet in subnets.items()]

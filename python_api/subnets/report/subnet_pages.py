@@ -145,10 +145,15 @@ def _head_table(maps: Sequence[HeadMap]) -> Table:
     return Table("By head", ["projection", "heads", "density", "emptiest (depth.head)", "densest (depth.head)"], rows)
 
 
+def load_subnet(path: str) -> Subnet:
+    """The subnet of a file, or of a folder that `Subnet.save_pretrained` wrote."""
+    return Subnet.from_pretrained(path) if Path(path).is_dir() else Subnet.load(path)
+
+
 def ranks_in(subnet: Subnet) -> dict[str, Tensor] | None:
     """Parameter name -> uint8 ``[kept]``, 256 * the share of all kept weights that have a lower score; None where the
     subnet has none."""
-    return getattr(subnet, "ranks", None)
+    return subnet.ranks
 
 
 def _ranks_by_role(ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:
