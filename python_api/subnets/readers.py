@@ -53,14 +53,11 @@ def read_neurosurgeon(
 ) -> Subnet:
     """Return the subnet that a NeuroSurgeon model computes with in evaluation mode, to the bit.
 
-    ==========================  =======================================================================
-    method                      a weight w with mask parameter p is in the subnet where
-    ==========================  =======================================================================
-    continuous_sparsification   ``p > 0``
-    hard_concrete               ``1.2 * sigmoid(p) - 0.1 > 0.5``, in p's dtype
-    magnitude_pruning           ``w >= quantile(all w of the layer, prune_percentage)``; of w, not of its
-                                absolute value, as NeuroSurgeon has it; ``>`` at 1.0
-    ==========================  =======================================================================
+    | method | a weight w with mask parameter p is in the subnet where |
+    |---|---|
+    | continuous_sparsification | ``p > 0`` |
+    | hard_concrete | ``1.2 * sigmoid(p) - 0.1 > 0.5``, in p's dtype |
+    | magnitude_pruning | ``w >= quantile(w of the layer, prune_percentage)``, ``>`` at 1.0; w itself, not its size |
 
     Names lose what wraps the model: ``wrapped_model.`` of CircuitModel and the probing classes, ``root_model.``,
     ``module.``, and ``model.`` if the whole checkpoint lies under it. Masks of biases become masks of ``<layer>.bias``.
