@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .shards import is_sharded
+
 
 class Stepper(Protocol):
     """What MaskAdamW(in_backward=True) is to a layer."""
@@ -68,7 +70,12 @@ class Use:
 
 def step_in_backward(scores: Tensor, stepper: Stepper) -> None:
     """From now on the backward passes of layers with these scores step them."""
-    check_processes()
+    check_one_process()
+    if is_sharded(scores):
+        raise RuntimeError(
+            "MaskAdamW: in_backward=True can't work with sharded scores (FSDP): their gradients are summed up and "
+            "split after the backward pass; use in_backward=False"
+        )
     _steppers[scores] = weakref.ref(stepper)
 
 
@@ -94,10 +101,15 @@ def use_of(scores: Tensor) -> Use | None:
     return use
 
 
-def check_processes() -> None:
-    """Refuse several processes: they would have to add their gradients up first."""
+def num_processes() -> int:
+    """How many processes torch.distributed has here; 1 where it is not in use."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def check_one_process() -> None:
+    """Refuse several processes: they would have to add their gradients up first."""
+    if num_processes() > 1:
         raise RuntimeError(
             "MaskAdamW: in_backward=True can't work in several processes (DDP, FSDP): gradients are to be added up "
             "over them before the step; use in_backward=False"

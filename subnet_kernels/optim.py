@@ -15,11 +15,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .backends.base import AdamW, Backend
 from .backends.layout import is_dense
 from .dispatch import choose_for, forced_backend
-from .in_backward import SpentGradient, Use, check_processes, step_in_backward
+from .in_backward import SpentGradient, Use, check_one_process, step_in_backward
 from .masks import MaskKind, weights_per_score
 from .ops import checks
 from .ops.checks import is_of_masks
 from .rounding import round_to_bf16, rounding_bits
+from .shards import is_sharded, shard_of
 from .slots import Slot, clear_all_slots
 
 __all__ = ["MaskAdamW", "bind_masks"]
@@ -33,6 +34,15 @@ class Masked(NamedTuple):
     kind: MaskKind
     slot: Callable[[], Slot | None]  # a weak reference: a slot keeps its scores alive, which are the key to this
     is_transposed: bool = False  # the op gets weight.t() and scores.t()
+    per_score: int | None = None  # weights per score of the whole, where weight and scores are one rank's shards
+
+    def weights_per_score(self, scores: Tensor) -> int:
+        """How many weights one score governs; a shard's shapes do not tell where one score governs several rows."""
+        return self.per_score or weights_per_score(tuple(self.weight.shape), tuple(scores.shape))
+
+    def is_trained(self, scores: Tensor) -> bool:
+        """Whether these scores take steps. A shard carries no flag; it is bound where its whole requires grad."""
+        return self.per_score is not None or scores.requires_grad
 
     def num_masks(self, scores: Tensor) -> int | None:
         """How many masks over the one weight these scores are; None where they have no dimension for it."""
@@ -234,6 +244,7 @@ class MaskAdamW(torch.optim.AdamW):
             others = []
             for entry in self._entries({**group, "params": params}):
                 masked, backend = self._kernel_of(entry, group)
+                has_others |= masked is not None and masked.per_score is not None  # no slot is written for a shard
                 if masked is None or backend is None:
                     others.append((entry, masked))
                 else:
@@ -401,7 +412,15 @@ class MaskAdamW(torch.optim.AdamW):
                 "MaskAdamW: in_backward=True makes no gradient that a hook on scores could see; remove the hook, or "
                 "use in_backward=False"
             )
-        check_processes()
+        check_one_process()
+
+    def make_state(self) -> None:
+        """Make the state of all parameters that have none (step 0, moments of zeros), as their first step would: a
+        checkpoint then has a place for it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state.get(param):
+                    self._entry_of(param, group, None)
 
     def _entry_of(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> _Entry:
         """The entry of one parameter, whatever its gradient."""
@@ -426,7 +445,7 @@ class MaskAdamW(torch.optim.AdamW):
                     state = self.state[param]
                     exp_avgs[i] = state["exp_avg"] = exp_avgs[i].to(self.moment_dtype)
                     exp_avg_sqs[i] = state["exp_avg_sq"] = exp_avg_sqs[i].to(self.moment_dtype)
-        return [_Entry(*entry) for entry in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)]
+        return [_of_shard(_Entry(*entry)) for entry in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)]
 
     def _kernel_of(self, entry: _Entry, group: dict[str, Any]) -> tuple[Masked | None, Backend | None]:
         """(what the parameter belongs to, the backend whose kernel steps it or None); both are remembered."""
@@ -443,7 +462,7 @@ class MaskAdamW(torch.optim.AdamW):
             state = entry.exp_avg, entry.exp_avg_sq, entry.step
             known = _Known(param, *state, _num_bindings, forced, masked, backend, param.stride())
             self._known[id(param)] = known
-        if known.masked is None or known.backend is None or not group["fused"] or not param.requires_grad:
+        if known.masked is None or known.backend is None or not group["fused"] or not known.masked.is_trained(param):
             return known.masked, None
         strides, grad = known.strides, entry.grad  # a write through .data can change how param and weight lie
         own = strides if known.masked.num_masks(param) is None else strides[1:]  # of one mask
@@ -492,6 +511,24 @@ class _Entry(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+
+
+def _of_shard(entry: _Entry) -> _Entry:
+    """What this rank steps of a sharded parameter (FSDP2): the entry of its part, as scores of its part of the weight.
+    A step is elementwise, so it needs no other. What is not sharded comes back."""
+    whole = entry.param
+    if not is_sharded(whole):
+        return entry
+    entry = _Entry(*(shard_of(tensor) for tensor in entry))
+    masked = masked_of(whole)
+    known = masked_of(entry.param)
+    if masked is None or not whole.requires_grad:
+        return entry if known is None else entry._replace(param=entry.param.detach())  # frozen since: bound to nothing
+    weight = shard_of(masked.weight)
+    if known is None or known.weight is not weight or known.beta is not masked.beta or known.kind != masked.kind:
+        count = masked.weights_per_score(whole)
+        bind_scores(entry.param, Masked(weight, masked.beta, masked.kind, _no_slot, masked.is_transposed, count))
+    return entry
 
 
 def _backend_of(entry: _Entry, masked: Masked, op: str) -> Backend | None:
@@ -772,13 +809,13 @@ def _add_penalty_gradients(entries: list[tuple[_Entry, Masked | None]], lam: flo
     """grad += lam * (weights per score) * penalty_slope, one call per kind, backend and beta."""
     batches: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor], list[int]]] = {}
     for (scores, grad, *_), masked in entries:
-        if masked is None or not scores.requires_grad or not masked.kind.is_trainable:
+        if masked is None or not masked.is_trained(scores) or not masked.kind.is_trainable:
             continue
         kind = masked.kind
         backend = choose_for("add_penalty_grad", scores, scores, kind.name, scores.dtype)
         batch = batches.setdefault((backend, kind, id(masked.beta), masked.beta, scores.dtype), ([], [], []))
         batch[0].append(grad)
         batch[1].append(scores)
-        batch[2].append(weights_per_score(tuple(masked.weight.shape), tuple(scores.shape)))
+        batch[2].append(masked.weights_per_score(scores))
     for (backend, kind, _, beta, dtype), (grads, scores, counts) in batches.items():
         backend.add_penalty_grad_(grads, scores, counts, beta.to(dtype), lam, kind)

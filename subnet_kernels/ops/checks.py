@@ -71,7 +71,8 @@ def check_weight_and_scores(op: str, weight: Tensor, scores: Tensor) -> None:
     wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if scores.dtype != wanted:
         raise TypeError(
-            f"{op}: scores must be {wanted} beside a {weight.dtype} weight, got {scores.dtype}; use scores.to({wanted})"
+            f"{op}: scores must be {wanted} beside a {weight.dtype} weight, got {scores.dtype}; use "
+            f"scores.to({wanted}), and under FSDP a MixedPrecisionPolicy without param_dtype, which would cast them"
         )
     if scores.device != weight.device:
         raise ValueError(f"{op}: scores must be on weight's device {weight.device}, got {scores.device}")
