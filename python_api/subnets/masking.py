@@ -18,8 +18,10 @@ from subnet_kernels.masks import MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
 from subnet_kernels.optim import MaskAdamW
+from subnet_kernels.shards import is_sharded, whole
 
 from .audit import audit
+from .distributed import check_not_wrapped, check_one_process, check_taken_up, take_up_shards, unwrapped
 from .nn import MaskedLayer, MaskedParameter
 from .nn.base import MaskState, Schedule, Unit, check_can_mask, new_state
 from .nn.convert import check_can_revert, convert_in_place, revert_in_place
@@ -87,6 +89,7 @@ def mask_model(
         raise ValueError(
             f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it"
         )
+    check_not_wrapped(model)
     found = find_targets(model, targets, exclude, fused)
     _check_init(init, list(found))
     state = new_state(_device_of(next(iter(found.values()))))
@@ -165,6 +168,7 @@ def masks_of(model: nn.Module) -> MaskSet:
     Raises:
         ValueError: no masked layer; or hand-built layers that differ in beta or state.
     """
+    model = unwrapped(model)
     layers = {m.weight_name(n): m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
     if not layers:
         raise ValueError("masks_of: the model has no masked layer; make it one with mask_model(model)")
@@ -179,7 +183,9 @@ def masks_of(model: nn.Module) -> MaskSet:
     for layer in layers.values():
         layer._state = first
         layer._bind_scores()
-    return MaskSet(model, layers, first)
+    masks = MaskSet(model, layers, first)
+    take_up_shards(masks)
+    return masks
 
 
 class MaskSet:
@@ -235,6 +241,7 @@ class MaskSet:
 
     def step(self) -> None:
         """Advance the schedule by one optimizer step. Without one: nothing."""
+        check_taken_up(self)
         schedule = self._state.schedule
         if schedule is None:
             return
@@ -312,6 +319,7 @@ class MaskSet:
     ) -> MaskAdamW:
         """The optimizer of all scores that require grad: AdamW, plus ``lam`` times the penalty's gradient, and after
         each step the schedule of :meth:`anneal` advances. Arguments as :class:`subnet_kernels.optim.MaskAdamW`."""
+        take_up_shards(self)
         tied = {id(scores): scores for scores in self.scores().values() if scores.requires_grad}
         trained = list(tied.values())
         optimizer = MaskAdamW(
@@ -329,8 +337,9 @@ class MaskSet:
         with ``.backward()`` alone.
 
         Raises:
-            RuntimeError: entered twice.
+            RuntimeError: entered twice, or in several processes.
         """
+        check_one_process("batch_score_gradients", "DDP and FSDP see no gradient made so; use plain loss.backward()")
         pending = self._state.pending
         if pending.is_open:
             raise RuntimeError("batch_score_gradients: entered twice; one block may be open at a time")
@@ -362,7 +371,7 @@ class MaskSet:
     def kept(self) -> dict[str, Tensor]:
         """Name of the base weight -> bool tensor of its shape: {s > 0}."""
         return {
-            name: expand_scores(layer.scores.detach() > 0, tuple(layer.weight.shape))
+            name: expand_scores(whole(layer.scores.detach()) > 0, tuple(layer.weight.shape))
             for name, layer in self.layers.items()
         }
 
@@ -372,7 +381,7 @@ class MaskSet:
     def density(self, per_layer: Literal[True]) -> dict[str, float]: ...
     def density(self, per_layer: bool = False) -> float | dict[str, float]:
         """The fraction of masked weights with s > 0; per layer, by the base weight's name, if asked."""
-        kept = {n: int((la.scores.detach() > 0).sum()) * la.weights_per_score for n, la in self.layers.items()}
+        kept = {n: int((whole(la.scores.detach()) > 0).sum()) * la.weights_per_score for n, la in self.layers.items()}
         sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
         if per_layer:
             return {name: kept[name] / max(sizes[name], 1) for name in kept}
@@ -385,14 +394,14 @@ class MaskSet:
         count = total = 0
         with torch.no_grad():
             for layer in self.layers.values():
-                m = layer.kind.value(layer.scores, self._state.beta)
+                m = layer.kind.value(whole(layer.scores), self._state.beta)
                 count += int(((m > margin) & (m < 1 - margin)).sum()) * layer.weights_per_score
                 total += layer.weight.numel()
         return count / max(total, 1)
 
     def check_finite(self) -> None:
         """Raises ValueError naming the layers whose scores have NaN or infinite entries."""
-        bad = [name for name, scores in self.scores().items() if not bool(torch.isfinite(scores).all())]
+        bad = [name for name, scores in self.scores().items() if not bool(torch.isfinite(whole(scores.detach())).all())]
         if bad:
             raise ValueError(
                 f"scores are not finite in {', '.join(bad)}; lower the rate or lam, and start from a checkpoint"
@@ -407,9 +416,9 @@ class MaskSet:
         from .subnet_file import weights_hash
 
         self.check_finite()
-        base_hash = weights_hash({name: layer.weight for name, layer in self.layers.items()})
+        base_hash = weights_hash({name: whole(layer.weight.detach()) for name, layer in self.layers.items()})
         subnet = Subnet(self.kept(), provenance_of(self.model, beta=self.beta) | provenance, base_hash=base_hash)
-        return subnet.with_ranks({name: layer.scores for name, layer in self.layers.items()}) if ranks else subnet
+        return subnet.with_ranks({name: whole(la.scores.detach()) for name, la in self.layers.items()}) if ranks else subnet
 
     def print_trainable_parameters(self) -> None:
         """Print how many scores train, of how many parameters."""
@@ -511,6 +520,11 @@ class MaskSet:
                 raise ValueError(f"MaskSet.unmask: {name} is masked no more; get the present set with masks_of(model)")
             if not isinstance(layer, MaskedParameter):
                 check_can_revert(layer, name)
+            if is_sharded(layer.scores):
+                raise ValueError(
+                    f"MaskSet.unmask: {name} is sharded (FSDP), which can't be undone in place; take masks.subnet() on "
+                    "every rank and apply it to a model of its own"
+                )
         flag_of = self._flags_before_masking()
         kept = self.kept() if keep == "masked" else {}
         for name, layer in self.layers.items():
@@ -565,6 +579,8 @@ class MaskSet:
 
     def __repr__(self) -> str:
         state = "hard" if self.is_hard else f"beta {self.beta:g}"
+        if any(is_sharded(scores) for scores in self.scores().values()):
+            return f"MaskSet({len(self.layers)} layers, {state}, sharded)"  # density() waits for all ranks
         return f"MaskSet({len(self.layers)} layers, {state}, density {self.density():.3f})"
 
 
@@ -634,4 +650,9 @@ def backend_of(layer: MaskedLayer, dtype: torch.dtype) -> Backend:
 
 def _penalty_of(layer: MaskedLayer) -> Tensor:
     """The penalty of a layer from its scores alone, with gradient."""
+    if is_sharded(layer.scores):
+        raise RuntimeError(
+            "collect_penalty: a sharded layer (FSDP) did not run inside it, and its scores are not gathered now; use "
+            "masks.adamw(lam=...), which needs no penalty in the loss"
+        )
     return effective_weight(layer.weight, layer.scores, layer.beta, kind=layer.current_kind)[1]
