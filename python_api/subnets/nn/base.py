@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnet_kernels.backends.base import keeps_w_eff
 from subnet_kernels.in_backward import SpentGradient
 from subnet_kernels.masks import (
     Hard,
@@ -23,6 +24,7 @@ from subnet_kernels.masks import (
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.pending import PendingScoreGradients
 from subnet_kernels.optim import Masked, bind_scores
+from subnet_kernels.shards import is_sharded, shard_of
 from subnet_kernels.slots import Slot
 
 HARD = Hard()
@@ -149,7 +151,7 @@ def check_loaded(state_dict: dict, *names: str) -> None:
     """Raises ValueError if one of these entries has NaN or infinite values."""
     for name in names:
         tensor = state_dict.get(name)
-        if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(shard_of(tensor)).all()):
             raise ValueError(
                 f"load_state_dict: {name} has NaN or infinite entries; nothing of this layer is loaded (the layers "
                 "before it are)"
@@ -212,6 +214,11 @@ class MaskedLayer(nn.Module):
 
     def _bind_scores(self) -> None:
         """Tell MaskAdamW what the scores belong to."""
+        if is_sharded(self.scores):  # FSDP2 gathers and frees the whole tensors: nothing of their size is to be kept,
+            if keeps_w_eff(self.plan):  # and memory and versions do not tell whether a kept one is stale
+                self.plan = "recompute"
+            self._slot.release()
+            self._move_beta(self.scores.device)
         slot = weakref.ref(self._slot)
         bind_scores(self.scores, Masked(self.weight, self._state.beta, self.kind, slot, self.passes_transposed))
 
@@ -328,14 +335,19 @@ class MaskedLayer(nn.Module):
                 self.scores.grad = None
             elif grad is not None:
                 self.scores.grad = grad.to(device=moved.device, dtype=wanted)
-            beta = self._state.beta
-            if beta.device != moved.device and not moved.is_meta:
-                beta.data = beta.data.to(moved.device)
-                if self._state.schedule is not None and self._state.schedule.is_on_device:
-                    self._state.schedule.to_device(moved.device)
+            self._move_beta(moved.device)
         self._slot.release()
         self._bind_scores()
         return self
+
+    def _move_beta(self, device: torch.device) -> None:
+        """beta, in place, and a count of steps beside it. It always has a value, so that it never goes to meta."""
+        state = self._state
+        if state.beta.device == device or device.type == "meta":
+            return
+        state.beta.data = state.beta.data.to(device)
+        if state.schedule is not None and state.schedule.is_on_device:
+            state.schedule.to_device(device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         check_loaded(state_dict, f"{prefix}scores", f"{prefix}weight")

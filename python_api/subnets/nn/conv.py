@@ -96,11 +96,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def _args_of_ordinary(self, x: Tensor) -> ConvArgs | None:
         """The geometry for an input that needs no look: a batch of weight's dtype with the right channels, larger than
-        the kernel, zero padding in numbers, no autocast. None for every other: the checks then say more."""
+        the kernel, zero padding in numbers, fp32 scores, no autocast. None for others: the checks then say more."""
         weight, padding, dilation = self.weight, self.padding, self.dilation
         if (
             isinstance(padding, str) or self.padding_mode != "zeros" or x.dim() != 4 or x.dtype != weight.dtype
-            or torch._C._is_any_autocast_enabled()
+            or self.scores.dtype != torch.float32 or torch._C._is_any_autocast_enabled()
         ):
             return None
         _, channels, height, width = x.shape

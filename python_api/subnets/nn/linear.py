@@ -80,7 +80,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
 def masked_linear_of(layer: MaskedLayer, x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor | None) -> Tensor:
     """``layer``'s forward pass through the op, with weight and scores as [N, K]."""
-    if torch._C._is_any_autocast_enabled() or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+    is_plain = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and scores.dtype == torch.float32
+    if not is_plain or torch._C._is_any_autocast_enabled():
         cast_to = checks.autocast_dtype(x)
         x, bias = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(bias, cast_to)
         check_masked_linear(x, weight, scores, bias, cast_to is not None)

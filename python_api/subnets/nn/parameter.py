@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from subnet_kernels.backends.base import keeps_w_eff
 from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MaskKind
+from subnet_kernels.ops.checks import check_weight_and_scores
 from subnet_kernels.ops.effective_weight import effective_weight_unchecked, is_transformed, is_vmapped
+from subnet_kernels.shards import is_sharded
 
 from .base import MaskedLayer, MaskState, Unit, check_can_mask, check_loaded, unit_shape
 
@@ -79,7 +81,7 @@ class MaskedParameter(MaskedLayer):
             super()._bind_scores()
 
     def forward(self) -> Tensor:
-        if self._state.is_disabled:
+        if self._state.is_disabled or self._is_sharded():
             return self.weight
         if self._given is not None:
             return self._take_given()
@@ -90,6 +92,15 @@ class MaskedParameter(MaskedLayer):
         if self._collects():
             self._collect(made[1])
         return made[0]
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 holds weight and scores, and so reads the parameter itself; the owner's forward pass, which
+        could not use it so, runs with whole ones. Also refuses scores that its policy has cast."""
+        if torch.compiler.is_compiling():
+            return False
+        if self.scores.dtype != torch.float32:
+            check_weight_and_scores("effective_weight", self.weight, self.scores)
+        return is_sharded(self.weight) and is_sharded(self.scores)
 
     def _wants_no_gradient(self) -> bool:
         """Whether the read may take a kept tensor: eager, outside of transforms, nothing that needs grad."""
