@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import check_one_process
 from ..masking import MaskSet, mask_model
 from ..training.seeds import seed_for
 from .bar import Bar
@@ -64,6 +65,7 @@ def discover(
             message names the layers, the checkpoint of the epoch before is kept); the checkpoint is damaged or of
             another discovery; what mask_model refuses.
         TypeError: an argument, or what objective returns, is of another form.
+        RuntimeError: torch.distributed has several processes here (docs/distributed.md).
 
     With ``config.checkpoint`` a run that was killed at any moment goes on from the last whole epoch when called again
     with the same arguments, and ends in the same numbers (same machine, threads and versions). Objective and data are
@@ -101,6 +103,10 @@ def _check_arguments(
     model: nn.Module, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
     callbacks: Sequence[Callback],
 ) -> None:
+    check_one_process(
+        "discover", "for one discovery on many devices write the loop (docs/distributed.md), and run many discoveries "
+        "as tasks of their own, without torch.distributed",
+    )  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"discover: model must be an nn.Module, got {type(model).__name__}")
     if not callable(objective):
