@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -269,6 +271,16 @@ def resume(
     dcp.load({"masks": TrainingState(model, masks, optimizer)}, checkpoint_id=folder)
     train(model, masks, optimizer, range(STEPS // 2, STEPS), parts_of(rank, world), clip=0.01)
     return {"scores": whole_scores(masks), "beta": masks.beta}
+
+
+def script(rank: int, text: str, flags: list[str], folder: str) -> None:
+    """A script of the docs, in the group of processes that there is."""
+    os.chdir(folder)
+    with (
+        mock.patch.object(sys, "argv", ["train.py", *flags]), mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"),
+    ):  # fmt: skip
+        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
