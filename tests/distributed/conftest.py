@@ -17,7 +17,7 @@ import torch
 from tests.distributed.ranks import RANKS
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120  # seconds for one scenario; a rank that waits for another one in vain must not hang the tests
+LIMIT = 300  # seconds for one scenario; a rank that waits for another one in vain must not hang the tests
 
 
 class Ranks:

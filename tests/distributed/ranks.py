@@ -22,6 +22,7 @@ from subnets import DiscoveryConfig, discover, mask_model, masks_of
 from subnets.distributed import TrainingState, check_same
 from subnets.masking import MaskSet
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -229,6 +230,52 @@ def fsdp(
     }  # fmt: skip
 
 
+def fsdp_from_meta(rank: int) -> Any:
+    """A training of a network that was never whole on any rank until its weights were loaded, shard by shard."""
+    with torch.device("meta"):
+        masks = mask(network())
+    model = sharded(masks.model)
+    model.to_empty(device="cpu")
+    for scores in masks.scores().values():
+        nn.init.constant_(scores, -0.1)
+    set_model_state_dict(model, network().state_dict(), options=StateDictOptions(full_state_dict=True, strict=False))
+    train(model, masks, masks.adamw(RATE, lam=LAM), range(STEPS), parts_of(rank))
+    return whole_scores(masks)
+
+
+def gpt2() -> MaskSet:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 50, "n_positions": 16}
+    torch.manual_seed(0)
+    config = GPT2Config(**sizes, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, bos_token_id=0, eos_token_id=0)
+    return mask_model(GPT2LMHeadModel(config))
+
+
+def train_gpt2(model: nn.Module, masks: MaskSet, parts: Sequence[slice]) -> dict[str, Tensor]:
+    masks.anneal(to=20, steps=3)
+    optimizer = masks.adamw(RATE, lam=LAM)
+    for step in range(3):
+        tokens = torch.randint(0, 50, (BATCH, 12), generator=torch.Generator().manual_seed(step))
+        for rows in parts:
+            (model(input_ids=tokens[rows], labels=tokens[rows]).loss / len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_scores(masks)
+
+
+def gpt2_of(rank: int, wrap: str) -> Any:
+    """transformers' GPT-2: transposed weights, a head that shares the embedding's weight."""
+    masks = gpt2()
+    net: Any = masks.model
+    if wrap == "ddp":
+        return train_gpt2(DistributedDataParallel(net), masks, parts_of(rank))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in net.transformer.h:
+        fully_shard(block, mesh=mesh)
+    return train_gpt2(fully_shard(net, mesh=mesh), masks, parts_of(rank))
+
+
 def fsdp_edited(rank: int) -> tuple[Tensor, Tensor]:
     """The output after sharded scores were written in place, and the one before."""
     masks = mask(network())
@@ -290,7 +337,7 @@ def main() -> None:
     rank, store = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=240)
     )
     for line in sys.stdin:
         order = json.loads(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -24,16 +26,23 @@ def alone(
     at_once: bool = False, clip: float | None = None, even: bool = False,
 ) -> Any:  # fmt: skip
     """The same training in this process: the ranks' rows in turn, gradients added, or all rows at once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         masks = mask(network(dtype, even), unit, keep)
         optimizer = masks.adamw(RATE, lam=lam)
         parts = EVERYTHING if at_once else parts_of(0, world=1)
         train(masks.model, masks, optimizer, range(STEPS), parts, dtype, clip=clip)
-        return masks
+    return masks
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As every rank has: the bits of a product depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def largest_difference(scores: dict[str, torch.Tensor], masks: Any) -> float:
@@ -71,12 +80,10 @@ def test_ddp_counts_a_penalty_in_the_loss_once(ranks):
 
 
 def test_ddp_accumulates_gradients_without_communication(ranks):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     masks = mask(network())
     quarters = [slice(start, start + 2) for start in range(0, BATCH, 2)]
-    train(masks.model, masks, masks.adamw(RATE, lam=LAM), range(STEPS), quarters)
-    torch.set_num_threads(threads)
+    with one_thread():
+        train(masks.model, masks, masks.adamw(RATE, lam=LAM), range(STEPS), quarters)
     first, second = ranks(scenario.ddp_accumulating)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert largest_difference(first, masks) < 1e-5  # (a+b)+(c+d) for ((a+b)+c)+d
@@ -161,6 +168,23 @@ def test_fsdp_takes_the_steps_of_one_process(ranks, kwargs, bound):
     assert all(float(scores.std()) > 0.005 for scores in whole_scores(one).values())
     if "clip" in kwargs:
         assert largest_difference(whole_scores(alone(dtype=dtype, keep=False)), one) > 1e-3
+
+
+def test_fsdp_takes_a_network_from_the_meta_device(ranks):
+    for result in ranks(scenario.fsdp_from_meta):
+        assert largest_difference(result, alone(keep=False)) <= 1e-6
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_gpt2_takes_the_steps_of_one_process_to_the_bit(ranks, wrap):
+    masks = scenario.gpt2()
+    for layer in masks.layers.values() if wrap == "fsdp" else ():
+        layer.plan = "recompute"  # as keep_effective_weights=False
+    with one_thread():
+        one = scenario.train_gpt2(masks.model, masks, parts_of(0, world=1))
+    for result in ranks(scenario.gpt2_of, wrap=wrap):
+        assert all(torch.equal(result[name], scores) for name, scores in one.items())
+    assert len(one) == 8 and all(float((scores + 0.1).abs().mean()) > 0.01 for scores in one.values())
 
 
 def test_fsdp_counts_a_penalty_in_the_loss_once(ranks):
