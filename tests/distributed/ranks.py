@@ -206,19 +206,24 @@ def names(rank: int) -> list[str]:
 
 def fsdp(
     rank: int, unit: str = "weight", dtype: str = "float32", even: bool = False, clip: float | None = None,
-    way: str = "optimizer",
+    way: str = "optimizer", plan: str = "recompute",
 ) -> Any:
     """What a training with fully_shard leaves."""
     kind = getattr(torch, dtype)
     masks = mask(network(kind, even), unit)
     weights = {name: layer.weight.detach().clone() for name, layer in masks.layers.items()}
     model = sharded(masks.model)
+    with torch.no_grad():
+        model(batches(kind)[0][0])  # leaves the root's parameters whole
     optimizer = masks.adamw(RATE, lam=LAM if way == "optimizer" else 0.0)
+    plans = {layer.plan for layer in masks.layers.values()}
+    for layer in masks.layers.values():
+        layer.plan = plan
     train(model, masks, optimizer, range(STEPS), parts_of(rank), kind, LAM if way == "loss" else 0.0, clip)
+    kept = [layer._slot.w_eff is not None for layer in masks.layers.values()]
     check_same(masks)
     masks.check_fresh()
     local = [state["exp_avg"].to_local().numel() for state in optimizer.state.values()]
-    kept = [layer._slot.w_eff is not None for layer in masks.layers.values()]
     same = all(torch.equal(whole_of(layer.weight.detach()), weights[n]) for n, layer in masks.layers.items())
     with masks.hard(), torch.no_grad():
         hard_out = model(batches(kind)[0][0])
@@ -226,7 +231,7 @@ def fsdp(
     return {
         "scores": whole_scores(masks), "hard_out": hard_out, "density": masks.density(), "kept": subnet.masks,
         "undecided": masks.undecided(), "base_hash": subnet.base_hash, "moments_here": sum(local),
-        "keeps_effective_weights": any(kept), "weights_are_unchanged": same,
+        "keeps_effective_weights": any(kept), "plans": plans, "weights_are_unchanged": same,
     }  # fmt: skip
 
 

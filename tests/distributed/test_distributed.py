@@ -148,17 +148,20 @@ def test_what_can_not_work_is_refused_on_every_rank_with_the_reason(refusals, wh
         ({"dtype": "float64", "unit": "row"}, 1e-12),
         ({"dtype": "float64", "unit": "column"}, 1e-12),  # rank 1 has none of its scores, in one row
         ({"dtype": "float64", "clip": 0.01}, 1e-12),  # by a norm over all shards
+        ({"dtype": "float64", "plan": "cached"}, 1e-12),  # asked for by hand: costs memory, and is right
     ],
-    ids=["even", "even-bf16-weights", "odd", "odd-fp64", "row", "column", "clipping"],
+    ids=["even", "even-bf16-weights", "odd", "odd-fp64", "row", "column", "clipping", "cached"],
 )
 def test_fsdp_takes_the_steps_of_one_process(ranks, kwargs, bound):
     dtype, settings = getattr(torch, kwargs.get("dtype", "float32")), {**kwargs}
+    keeps = settings.pop("plan", "recompute") == "cached"
     settings.pop("dtype", None)
     one = alone(dtype=dtype, keep=False, **settings)
     first, second = ranks(scenario.fsdp, **kwargs)
     for result in (first, second):
         assert largest_difference(result["scores"], one) <= bound
-        assert result["weights_are_unchanged"] and not result["keeps_effective_weights"]
+        assert result["weights_are_unchanged"] and result["keeps_effective_weights"] == keeps
+        assert result["plans"] == {"recompute"}
         assert result["density"] == one.density() and result["undecided"] == one.undecided()
         assert result["base_hash"] == one.subnet().base_hash
         assert all(torch.equal(result["kept"][name], kept) for name, kept in one.kept().items())
