@@ -248,6 +248,51 @@ def fsdp_from_meta(rank: int) -> Any:
     return whole_scores(masks)
 
 
+class Tied(nn.Module):
+    """An embedding that is the output head too, and attention: masks that whoever reads the parameter gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.attention = nn.Embedding(11, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def tied() -> MaskSet:
+    torch.manual_seed(0)
+    targets = ["embedding.weight", "attention.in_proj_weight", "attention.out_proj"]
+    return mask_model(Tied().double(), targets, keep_effective_weights=False)
+
+
+def train_tied(model: nn.Module, masks: MaskSet, parts: Sequence[slice]) -> dict[str, Tensor]:
+    masks.anneal(to=20, steps=3)
+    optimizer = masks.adamw(RATE, lam=LAM)
+    for step in range(3):
+        tokens = torch.randint(0, 11, (BATCH, 5), generator=torch.Generator().manual_seed(step))
+        for rows in parts:
+            out = model(tokens[rows])
+            (F.cross_entropy(out.flatten(0, 1), tokens[rows].flatten()) / len(parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_scores(masks)
+
+
+def tied_of(rank: int, wrap: str) -> Any:
+    """Scores after a training, and after the state dict was loaded into itself."""
+    masks = tied()
+    if wrap == "ddp":
+        return train_tied(DistributedDataParallel(masks.model), masks, parts_of(rank)), masks.kept()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(masks.model.attention, mesh=mesh)  # type: ignore[arg-type]
+    model = fully_shard(masks.model, mesh=mesh)
+    model.load_state_dict(model.state_dict())
+    return train_tied(model, masks, parts_of(rank)), masks.subnet().masks
+
+
 def gpt2() -> MaskSet:
     from transformers import GPT2Config, GPT2LMHeadModel
 

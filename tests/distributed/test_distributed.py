@@ -190,6 +190,16 @@ def test_gpt2_takes_the_steps_of_one_process_to_the_bit(ranks, wrap):
     assert len(one) == 8 and all(float((scores + 0.1).abs().mean()) > 0.01 for scores in one.values())
 
 
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_masks_of_parameters_take_the_steps_of_one_process(ranks, wrap):
+    masks = scenario.tied()
+    one = scenario.train_tied(masks.model, masks, parts_of(0, world=1))
+    for scores, kept in ranks(scenario.tied_of, wrap=wrap):
+        assert max(float((scores[name] - value).abs().max()) for name, value in one.items()) < 1e-12
+        assert all(torch.equal(kept[name], value) for name, value in masks.kept().items())
+    assert len(one) == 3 and all(float(value.std()) > 0.01 for value in one.values())
+
+
 def test_fsdp_counts_a_penalty_in_the_loss_once(ranks):
     for result in ranks(scenario.fsdp, dtype="float64", way="loss"):
         assert largest_difference(result["scores"], alone(dtype=torch.float64)) < 1e-12
