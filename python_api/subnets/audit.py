@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from subnet_kernels.shards import is_sharded
+
 if TYPE_CHECKING:
     from .masking import MaskSet
 
@@ -21,6 +23,8 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
     from .masking import backend_of
 
     model = masks.model
+    if any(is_sharded(scores) for scores in masks.scores().values()):
+        raise RuntimeError("MaskSet.audit: the model is sharded (FSDP); audit it before fully_shard")
 
     def run() -> list[Tensor]:
         outputs = [leaf for leaf in tree_leaves(model(*inputs, **named_inputs)) if isinstance(leaf, Tensor)]

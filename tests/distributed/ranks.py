@@ -116,11 +116,15 @@ def error_of(function: Callable[[], Any]) -> str:
 # --- scenarios -------------------------------------------------------------------------------------------------------
 
 
-def ddp(rank: int, dtype: str = "float32", lam: float = LAM, way: str = "optimizer", **kwargs: Any) -> Any:
+def ddp(
+    rank: int, dtype: str = "float32", lam: float = LAM, way: str = "optimizer", moments: str = "float32",
+    compiled: bool = False, **kwargs: Any,
+) -> Any:
     """Scores after a training with DistributedDataParallel."""
     masks = mask(network(getattr(torch, dtype)))
-    model = DistributedDataParallel(masks.model, **kwargs)
-    optimizer = masks.adamw(RATE, lam=lam if way == "optimizer" else 0.0)
+    model: Any = DistributedDataParallel(masks.model, **kwargs)
+    model = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = masks.adamw(RATE, lam=lam if way == "optimizer" else 0.0, moment_dtype=getattr(torch, moments))
     in_loss = lam if way == "loss" else 0.0
     train(model, masks, optimizer, range(STEPS), parts_of(rank), getattr(torch, dtype), in_loss)
     check_same(masks)
@@ -187,12 +191,16 @@ def refused(rank: int) -> dict[str, str]:
     said["optimizer before FSDP"] = error_of(early.step)
     masks = masks_of(model)
     said["unmask"] = error_of(masks.unmask)
+    said["audit"] = error_of(lambda: masks.audit(x))
     said["str"] = str(masks)
     with masks.collect_penalty() as penalty:
         model[3](torch.zeros(1, 80))
     said["penalty of what did not run"] = error_of(penalty)
     cast = sharded(mask(network()).model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     said["param_dtype"] = error_of(lambda: cast(x))
+    parameters = mask_model(network(), fused=False).model
+    parameters = sharded(parameters, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    said["param_dtype of a parameter"] = error_of(lambda: parameters(x))
     both = mask(network(torch.bfloat16)).model
     both.requires_grad_(True)
     both = sharded(both)
@@ -206,7 +214,7 @@ def names(rank: int) -> list[str]:
 
 def fsdp(
     rank: int, unit: str = "weight", dtype: str = "float32", even: bool = False, clip: float | None = None,
-    way: str = "optimizer", plan: str = "recompute",
+    way: str = "optimizer", plan: str = "recompute", compiled: bool = False,
 ) -> Any:
     """What a training with fully_shard leaves."""
     kind = getattr(torch, dtype)
@@ -219,7 +227,8 @@ def fsdp(
     plans = {layer.plan for layer in masks.layers.values()}
     for layer in masks.layers.values():
         layer.plan = plan
-    train(model, masks, optimizer, range(STEPS), parts_of(rank), kind, LAM if way == "loss" else 0.0, clip)
+    called: Any = torch.compile(model, backend="aot_eager") if compiled else model
+    train(called, masks, optimizer, range(STEPS), parts_of(rank), kind, LAM if way == "loss" else 0.0, clip)
     kept = [layer._slot.w_eff is not None for layer in masks.layers.values()]
     check_same(masks)
     masks.check_fresh()

@@ -23,12 +23,12 @@ EVERYTHING = [slice(0, BATCH)]
 @cache
 def alone(
     unit: str = "weight", dtype: torch.dtype = torch.float32, lam: float = LAM, keep: bool = True,
-    at_once: bool = False, clip: float | None = None, even: bool = False,
+    at_once: bool = False, clip: float | None = None, even: bool = False, moments: str = "float32",
 ) -> Any:  # fmt: skip
     """The same training in this process: the ranks' rows in turn, gradients added, or all rows at once."""
     with one_thread():
         masks = mask(network(dtype, even), unit, keep)
-        optimizer = masks.adamw(RATE, lam=lam)
+        optimizer = masks.adamw(RATE, lam=lam, moment_dtype=getattr(torch, moments))
         parts = EVERYTHING if at_once else parts_of(0, world=1)
         train(masks.model, masks, optimizer, range(STEPS), parts, dtype, clip=clip)
     return masks
@@ -52,15 +52,19 @@ def largest_difference(scores: dict[str, torch.Tensor], masks: Any) -> float:
 # --- DDP -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"gradient_as_bucket_view": True}], ids=["", "bucket_view"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"gradient_as_bucket_view": True}, {"moments": "bfloat16"}, {"compiled": True}],
+    ids=["", "bucket_view", "bf16-moments", "compiled"],
+)
 def test_ddp_takes_the_steps_of_one_process_to_the_bit(ranks, kwargs):
     # dividing by two ranks is exact and two terms have one sum: not even rounding may differ
+    one = alone(moments=kwargs.get("moments", "float32"))
     for result in ranks(scenario.ddp, **kwargs):
-        assert largest_difference(result["scores"], alone()) == 0
-        assert result["beta"] == alone().beta
-        kept = alone().kept()
-        assert all(torch.equal(result["kept"][name], kept[name]) for name in kept)
-    assert 0.02 < alone().density() < 0.98
+        assert largest_difference(result["scores"], one) == 0
+        assert result["beta"] == one.beta
+        assert all(torch.equal(result["kept"][name], kept) for name, kept in one.kept().items())
+    assert 0.02 < one.density() < 0.98
 
 
 def test_ddp_on_halves_is_one_process_on_the_whole_batch_within_rounding(ranks):
@@ -123,6 +127,8 @@ def refusals(ranks):
         ("mask after DDP of a part", "ValueError: mask_model: 0 is wrapped in DistributedDataParallel"),
         ("mask after FSDP", "ValueError: mask_model: 0.weight is sharded already; mask first"),
         ("optimizer before FSDP", "RuntimeError: MaskSet.step: 0.weight was sharded by fully_shard after its masks"),
+        ("audit", "RuntimeError: MaskSet.audit: the model is sharded (FSDP)"),
+        ("param_dtype of a parameter", "TypeError: effective_weight: scores must be torch.float32 beside"),
         ("unmask", "ValueError: MaskSet.unmask: 0.weight is sharded (FSDP), which can't be undone in place"),
         ("penalty of what did not run", "RuntimeError: collect_penalty: a sharded layer (FSDP) did not run inside it"),
         ("param_dtype", "got torch.bfloat16; use scores.to(torch.float32), and under FSDP a MixedPrecisionPolicy"),
@@ -149,12 +155,14 @@ def test_what_can_not_work_is_refused_on_every_rank_with_the_reason(refusals, wh
         ({"dtype": "float64", "unit": "column"}, 1e-12),  # rank 1 has none of its scores, in one row
         ({"dtype": "float64", "clip": 0.01}, 1e-12),  # by a norm over all shards
         ({"even": True, "plan": "cached"}, 1e-6),  # asked for by hand: costs memory, and is right
+        ({"even": True, "compiled": True}, 1e-6),
     ],
-    ids=["even", "even-bf16-weights", "odd", "odd-fp64", "row", "column", "clipping", "cached"],
+    ids=["even", "even-bf16-weights", "odd", "odd-fp64", "row", "column", "clipping", "cached", "compiled"],
 )
 def test_fsdp_takes_the_steps_of_one_process(ranks, kwargs, bound):
     dtype, settings = getattr(torch, kwargs.get("dtype", "float32")), {**kwargs}
     keeps = settings.pop("plan", "recompute") == "cached"
+    settings.pop("compiled", None)
     settings.pop("dtype", None)
     one = alone(dtype=dtype, keep=False, **settings)
     first, second = ranks(scenario.fsdp, **kwargs)
