@@ -7,8 +7,8 @@ parameters that train, so that theirs are the only gradients that go over the wi
 
 from __future__ import annotations
 
-import hashlib
 import sys
+from collections import UserDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from torch import nn
 
 from subnet_kernels.in_backward import num_processes
 from subnet_kernels.optim import MaskAdamW, masked_of
-from subnet_kernels.shards import is_sharded, shard_of
+from subnet_kernels.shards import is_sharded, shard_of, whole
+
+from .subnet_file import weights_hash
 
 if TYPE_CHECKING:
     from .masking import MaskSet
@@ -71,6 +73,13 @@ def check_taken_up(masks: MaskSet) -> None:
             )
 
 
+class WholeTensors(UserDict):
+    """Sharded tensors by name, each gathered when it is asked for and not kept."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return whole(super().__getitem__(name))
+
+
 def check_same(masks: MaskSet) -> None:
     """Prove that every rank holds the same masks: beta, hard or soft, the schedule, and, where they are not sharded,
     scores and base weights, to the bit. Every rank must call it. In one process it does nothing.
@@ -90,7 +99,7 @@ def check_same(masks: MaskSet) -> None:
     for name, layer in masks.layers.items():
         for what, tensor in (("scores", layer.scores), ("weight", layer.weight)):
             if not is_sharded(tensor):
-                mine[f"{what} of {name}"] = _digest(tensor)
+                mine[f"{what} of {name}"] = weights_hash({name: tensor})
     everyone: list[Any] = [None] * num_processes()
     torch.distributed.all_gather_object(everyone, mine)
     found = [
@@ -104,11 +113,6 @@ def check_same(masks: MaskSet) -> None:
             f"check_same: not as on rank 0: {', '.join(found)}; mask_model and anneal must be called alike on every "
             "rank before DDP copies rank 0's tensors, and gradients must all go through it"
         )
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
 
 
 class TrainingState:

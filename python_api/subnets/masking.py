@@ -21,7 +21,14 @@ from subnet_kernels.optim import MaskAdamW
 from subnet_kernels.shards import is_sharded, whole
 
 from .audit import audit
-from .distributed import check_not_wrapped, check_one_process, check_taken_up, take_up_shards, unwrapped
+from .distributed import (
+    WholeTensors,
+    check_not_wrapped,
+    check_one_process,
+    check_taken_up,
+    take_up_shards,
+    unwrapped,
+)
 from .nn import MaskedLayer, MaskedParameter
 from .nn.base import MaskState, Schedule, Unit, check_can_mask, new_state
 from .nn.convert import check_can_revert, convert_in_place, revert_in_place
@@ -416,9 +423,10 @@ class MaskSet:
         from .subnet_file import weights_hash
 
         self.check_finite()
-        base_hash = weights_hash({name: whole(layer.weight.detach()) for name, layer in self.layers.items()})
+        base_hash = weights_hash(WholeTensors({name: layer.weight.detach() for name, layer in self.layers.items()}))
         subnet = Subnet(self.kept(), provenance_of(self.model, beta=self.beta) | provenance, base_hash=base_hash)
-        return subnet.with_ranks({name: whole(la.scores.detach()) for name, la in self.layers.items()}) if ranks else subnet
+        scores = WholeTensors({name: layer.scores.detach() for name, layer in self.layers.items()})
+        return subnet.with_ranks(scores) if ranks else subnet
 
     def print_trainable_parameters(self) -> None:
         """Print how many scores train, of how many parameters."""
