@@ -54,7 +54,9 @@ class Ranks:
         store = self.folder / f"store{self.count}"
         paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # Accelerate asks, and uses the group there is
         for rank in range(RANKS):
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # as torchrun does
             self.processes.append(subprocess.Popen(
                 [sys.executable, "-m", "tests.distributed.ranks", str(rank), str(store)], cwd=ROOT, env=environment,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

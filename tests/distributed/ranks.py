@@ -302,13 +302,13 @@ def tied_of(rank: int, wrap: str) -> Any:
     return train_tied(model, masks, parts_of(rank)), masks.subnet().masks
 
 
-def gpt2() -> MaskSet:
+def gpt2(dtype: torch.dtype = torch.float32) -> MaskSet:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 50, "n_positions": 16}
     torch.manual_seed(0)
     config = GPT2Config(**sizes, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, bos_token_id=0, eos_token_id=0)
-    return mask_model(GPT2LMHeadModel(config))
+    return mask_model(GPT2LMHeadModel(config).to(dtype))
 
 
 def train_gpt2(model: nn.Module, masks: MaskSet, parts: Sequence[slice]) -> dict[str, Tensor]:
@@ -333,6 +333,29 @@ def gpt2_of(rank: int, wrap: str) -> Any:
     for block in net.transformer.h:
         fully_shard(block, mesh=mesh)
     return train_gpt2(fully_shard(net, mesh=mesh), masks, parts_of(rank))
+
+
+def train_by_trainer(world: int, folder: str) -> dict[str, Tensor]:
+    """By Hugging Face's Trainer, eight rows a step whatever the number of ranks."""
+    from subnets.trainer import MaskCallback
+    from transformers import Trainer, TrainingArguments
+
+    masks = gpt2(torch.float64)
+    masks.anneal(to=20, steps=4)
+    rows = [{"input_ids": x, "labels": x} for x in (torch.arange(64)[:, None] + 3 * torch.arange(8)) % 50]
+    args = TrainingArguments(
+        folder, max_steps=4, per_device_train_batch_size=BATCH // world, lr_scheduler_type="constant", max_grad_norm=0,
+        report_to="none", use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2, save_steps=2,
+        logging_steps=1,
+    )  # fmt: skip
+    rest: Any = {"optimizers": (masks.adamw(RATE, lam=LAM), None), "callbacks": [MaskCallback(masks)]}
+    Trainer(masks.model, args, train_dataset=rows, eval_dataset=rows, **rest).train()
+    check_same(masks)
+    return whole_scores(masks)
+
+
+def trainer(rank: int, folder: str) -> Any:
+    return train_by_trainer(RANKS, folder)
 
 
 def fsdp_edited(rank: int) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,15 @@ def test_what_can_not_work_is_refused_on_every_rank_with_the_reason(refusals, wh
     assert all(said in refused[what] for refused in refusals)
 
 
+def test_trainer_on_two_ranks_takes_the_steps_of_one_process(ranks, tmp_path):
+    with one_thread():
+        one = scenario.train_by_trainer(1, str(tmp_path / "one"))
+    for result in ranks(scenario.trainer, folder=str(tmp_path / "two")):
+        assert max(float((result[name] - value).abs().max()) for name, value in one.items()) < 1e-9
+    assert all(float((value + 0.1).abs().mean()) > 0.01 for value in one.values())
+    assert len((tmp_path / "two" / "metrics.csv").read_text().splitlines()) == 1 + 4 + 2 + 1  # of one rank
+
+
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
