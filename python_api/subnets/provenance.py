@@ -53,8 +53,9 @@ def _num_heads(model: nn.Module) -> int | None:
 
 
 def _class_of(model: nn.Module) -> type:
-    """The model's class without its masks, which are subclasses."""
-    return next(base for base in type(model).__mro__ if not base.__module__.startswith("subnets.nn."))
+    """The model's class without its masks, which are subclasses, as is what fully_shard makes."""
+    wrappers = "subnets.nn.", "torch.distributed.fsdp"
+    return next(base for base in type(model).__mro__ if not base.__module__.startswith(wrappers))
 
 
 def _versions(model: nn.Module) -> dict[str, str]:

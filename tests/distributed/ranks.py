@@ -236,10 +236,11 @@ def fsdp(
     same = all(torch.equal(whole_of(layer.weight.detach()), weights[n]) for n, layer in masks.layers.items())
     with masks.hard(), torch.no_grad():
         hard_out = model(batches(kind)[0][0])
-    subnet = masks.subnet(task="test")
+    subnet = masks.subnet(ranks=True)
     return {
         "scores": whole_scores(masks), "hard_out": hard_out, "density": masks.density(), "kept": subnet.masks,
-        "undecided": masks.undecided(), "base_hash": subnet.base_hash, "moments_here": sum(local),
+        "undecided": masks.undecided(), "base_hash": subnet.base_hash, "ranks": subnet.ranks,
+        "architecture": subnet.provenance["architecture"], "moments_here": sum(local),
         "keeps_effective_weights": any(kept), "plans": plans, "weights_are_unchanged": same,
     }  # fmt: skip
 

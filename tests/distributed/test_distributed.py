@@ -180,7 +180,9 @@ def test_fsdp_takes_the_steps_of_one_process(ranks, kwargs, bound):
         assert result["weights_are_unchanged"] and result["keeps_effective_weights"] == keeps
         assert result["plans"] == {"recompute"}
         assert result["density"] == one.density() and result["undecided"] == one.undecided()
-        assert result["base_hash"] == one.subnet().base_hash
+        expected = one.subnet(ranks=True)
+        assert result["base_hash"] == expected.base_hash and result["architecture"] == "Sequential"
+        assert bound or all(torch.equal(result["ranks"][name], ranks) for name, ranks in expected.ranks.items())
         assert all(torch.equal(result["kept"][name], kept) for name, kept in one.kept().items())
     assert torch.equal(first["hard_out"], second["hard_out"])
     total = sum(scores.numel() for scores in one.scores().values())
