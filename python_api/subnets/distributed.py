@@ -24,6 +24,8 @@ from .subnet_file import weights_hash
 if TYPE_CHECKING:
     from .masking import MaskSet
 
+__all__ = ["TrainingState", "check_same"]  # the rest is for the package itself
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, whose parameters have their own names; others come back."""
@@ -83,6 +85,9 @@ class WholeTensors(UserDict):
 def check_same(masks: MaskSet) -> None:
     """Prove that every rank holds the same masks: beta, hard or soft, the schedule, and, where they are not sharded,
     scores and base weights, to the bit. Every rank must call it. In one process it does nothing.
+
+    Args:
+        masks: of the model, wrapped or not.
 
     Raises:
         RuntimeError: on every rank, naming what differs from rank 0.
