@@ -231,7 +231,7 @@ def test_every_preset_survives_json(preset: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"epoch": "3"}, "--set key must be one of layers, seed"),
+        ({"epoch": "3"}, "--set key must be one of seed, base_seeds"),
         ({"layers": "two"}, "layers must be int, got 'two'"),
         ({"layers": "2,2"}, "layers must list different values"),
         ({"lam": "much"}, "lam must be float, got 'much'"),
