@@ -116,6 +116,7 @@ class MaskAdamW(torch.optim.AdamW):
     memory is the first reason to use it: it saves 4 bytes per weight.
 
     Attributes:
+        before: called at the start of a step, to refuse it: MaskSet.adamw puts a check there.
         advance: called between reading beta and writing effective weights, to change beta: MaskSet.adamw puts the
             schedule's step here.
         upcoming: from a beta (0-d tensor) to a tensor of what ``advance`` will make of it; steps in backward write the
@@ -147,6 +148,7 @@ class MaskAdamW(torch.optim.AdamW):
     Source: Loshchilov, Hutter, ICLR 2019; the arithmetic is torch's own.
     """
 
+    before: Callable[[], None] | None = None
     advance: Callable[[], None] | None = None
     upcoming: Callable[[Tensor], Tensor] | None = None
     # the penalty's gradient must meet unscaled gradients, so a GradScaler has to unscale before the step
@@ -227,6 +229,8 @@ class MaskAdamW(torch.optim.AdamW):
         self._step()
 
     def _step(self) -> None:
+        if self.before is not None:
+            self.before()
         _check_capture(self)
         if self.in_backward:
             self._check_after_backward()

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from subnet_kernels.shards import is_sharded
 
+from .nn import MaskedParameter
+
 if TYPE_CHECKING:
     from .masking import MaskSet
 
@@ -45,9 +47,15 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
         with torch.no_grad():
             bypassed += [name for name in _bypassed(masks, run) if name not in bypassed]
     if bypassed:
+        are_read = all(isinstance(masks.layers[name], MaskedParameter) for name in bypassed)
+        cure = (
+            "something takes it from parameters(), state_dict() or _parameters; let it read the module's attribute"
+            if are_read
+            else "something reads layer.weight itself; mask_model(..., fused=False) masks every read"
+        )
+        verb = "is" if len(bypassed) == 1 else "are"
         raise RuntimeError(
-            f"MaskSet.audit: masks are bypassed: {_listed(bypassed)} {'is' if len(bypassed) == 1 else 'are'} read "
-            "without the mask (something reads layer.weight itself); mask_model(..., fused=False) masks every read"
+            f"MaskSet.audit: masks are bypassed: {_listed(bypassed)} {verb} read without the mask ({cure})"
         )
     densities = masks.density(per_layer=True)
     return [

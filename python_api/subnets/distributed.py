@@ -39,6 +39,11 @@ def check_not_wrapped(model: nn.Module) -> None:
         ValueError: naming the module.
     """
     for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                f"mask_model: {name or 'the model'} is wrapped in nn.DataParallel, whose copies of masked layers "
+                "would not share their state; use one device, or DistributedDataParallel (docs/distributed.md)"
+            )
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 f"mask_model: {name or 'the model'} is wrapped in DistributedDataParallel, which would never add up "

@@ -73,8 +73,8 @@ def evaluate_subnet(
         TypeError: a test that is not callable or returns no number.
         ValueError: no test, a negative number of controls, or a subnet that does not fit.
     """
-    if not tests or not all(callable(test) for test in tests.values()):
-        raise TypeError(f"evaluate_subnet: tests must map names to functions of the model, got {dict(tests)!r}")
+    if not isinstance(tests, Mapping) or not tests or not all(callable(test) for test in tests.values()):
+        raise TypeError(f"evaluate_subnet: tests must map names to functions of the model, got {tests!r}")
     if not isinstance(controls, int) or isinstance(controls, bool) or controls < 0:
         raise ValueError(f"evaluate_subnet: controls must be an integer >= 0, got {controls!r}")
     subnet.parameters_in(model, "evaluate_subnet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -38,6 +39,7 @@ from .targets import Target, Targets, TargetsWithOptions, find_targets
 if TYPE_CHECKING:
     from .subnet import Subnet
 
+_MOST_UNDECIDED = 0.05  # of the masks, above which a subnet comes with a warning
 ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 
 
@@ -94,7 +96,8 @@ def mask_model(
         raise ValueError(f"mask_model: score_init must be finite, got {score_init!r}")
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
         raise ValueError(
-            f"mask_model: the model is masked already ({masked[0]} ...); use masks_of(model), or unmask it"
+            f"mask_model: the model is masked already (first masked layer: {masked[0] or 'the model itself'}); use "
+            "masks_of(model), or masks_of(model).unmask() first"
         )
     check_not_wrapped(model)
     found = find_targets(model, targets, exclude, fused)
@@ -137,9 +140,12 @@ def _mask(
     weight = module._parameters[target.parameter]
     assert weight is not None
     settings["score_init"] = _initial_scores(init, name, weight, settings["score_init"])
-    if target.cls is not None:
-        return convert_in_place(module, target.cls, where, **settings)
-    return mask_parameter(module, target.parameter, where, target.sharers, **settings)
+    try:
+        if target.cls is not None:
+            return convert_in_place(module, target.cls, where, **settings)
+        return mask_parameter(module, target.parameter, where, target.sharers, **settings)
+    except ValueError as error:  # of a setting, which knows the layer's class alone
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
 
 
 def _unmask(layer: MaskedLayer) -> None:
@@ -260,6 +266,13 @@ class MaskSet:
         if (now := schedule.beta()) != before:
             self._write_beta(now)
 
+    def _check_soft(self) -> None:
+        if self._state.is_hard:
+            raise RuntimeError(
+                "MaskAdamW.step: the masks are hard, so their scores have no gradient and only penalty and decay would "
+                "move them; train outside hard(), or call soften() first"
+            )
+
     def _upcoming(self, beta: Tensor) -> Tensor:
         """What :meth:`step` will make of this beta."""
         schedule = self._state.schedule
@@ -333,7 +346,7 @@ class MaskSet:
             trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, moment_dtype=moment_dtype,
             capturable=capturable,
         )  # fmt: skip
-        optimizer.advance, optimizer.upcoming = self.step, self._upcoming
+        optimizer.before, optimizer.advance, optimizer.upcoming = self._check_soft, self.step, self._upcoming
         return optimizer
 
     @contextlib.contextmanager
@@ -424,7 +437,16 @@ class MaskSet:
 
         self.check_finite()
         base_hash = weights_hash(WholeTensors({name: layer.weight.detach() for name, layer in self.layers.items()}))
-        subnet = Subnet(self.kept(), provenance_of(self.model, beta=self.beta) | provenance, base_hash=base_hash)
+        undecided = self.undecided()
+        if undecided > _MOST_UNDECIDED and not self.is_hard:
+            warnings.warn(
+                f"MaskSet.subnet: {undecided:.0%} of the masks are undecided at beta {self.beta:g} (between .01 and "
+                ".99), so the hard network is not the one that was trained; train on with masks.anneal(to=200, "
+                "steps=...), or harden() first if the scores are meant as they are",
+                stacklevel=2,
+            )
+        known = provenance_of(self.model, beta=self.beta) | {"undecided": round(undecided, 6)}
+        subnet = Subnet(self.kept(), known | provenance, base_hash=base_hash)
         scores = WholeTensors({name: layer.scores.detach() for name, layer in self.layers.items()})
         return subnet.with_ranks(scores) if ranks else subnet
 

@@ -97,11 +97,8 @@ def find_targets(
         sharers = tuple((model_map.modules[name], own) for name, own in others)
         found.setdefault(_full(*first), Target(module, parameter, cls, sharers, options))
     if not found:
-        possible = [f"{n or '(the model itself)'} ({type(m).__name__})" for n, m in model_map.modules.items()
-                    if _is_maskable(m)]  # fmt: skip
         raise ValueError(
-            f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; what could be masked: "
-            f"{', '.join(possible) if possible else 'nothing by default (no linear layer, convolution or embedding)'}"
+            f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; {model_map.possible()}"
         )
     return found
 
@@ -128,6 +125,13 @@ class _Map:
     def places(self, key: _Key) -> list[_Key]:
         """Where the parameter that is at ``key`` can be found: its first place, and those that share it."""
         return self._places.get(id(self.modules[key[0]]._parameters.get(key[1])), [key])
+
+    def possible(self) -> str:
+        """What could be masked, for an error message."""
+        found = [(name, module) for name, module in self.modules.items() if _is_maskable(module)]
+        names = [f"{name or '(the model itself)'} ({type(module).__name__})" for name, module in found]
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        return f"what could be masked: {', '.join(names[:12]) or 'nothing by default (parameters can be named)'}{more}"
 
     def is_read(self, name: str, module: nn.Module) -> bool:
         """Whether somebody is known to read the module's weight without calling the module."""
@@ -160,7 +164,7 @@ class _Map:
         if idle:
             raise ValueError(
                 f"mask_model: {argument} {idle} match nothing that can be masked; a list holds types, and names of "
-                "modules or parameters, whole or their last parts"
+                f"modules or parameters, whole or their last parts; {self.possible()}"
             )
         return keys
 
@@ -229,7 +233,10 @@ def _by_patterns(model_map: _Map, targets: Mapping[Pattern, Options]) -> dict[_K
             raise TypeError(f"mask_model: targets[{pattern!r}] must be a dict of {', '.join(OPTIONS)}, got {options!r}")
         found = model_map.without_implicit(dict.fromkeys(model_map.chosen(pattern, "targets"), options), pattern)
         if not found:
-            raise ValueError(f"mask_model: targets {pattern!r} match nothing; mend the pattern or leave it out")
+            raise ValueError(
+                f"mask_model: targets {pattern!r} match nothing; a string that is a key must match whole names, as in "
+                f"r'.*c_attn'; {model_map.possible()}"
+            )
         chosen = {**found, **chosen}
     return chosen
 
