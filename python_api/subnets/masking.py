@@ -68,8 +68,9 @@ def mask_model(
         kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:H", or block sizes.
         fused: nn.Linear, nn.Conv2d and Conv1D mask within their forward pass, which is fastest. Code that reads
             ``layer.weight`` itself would get the base weight there (:meth:`MaskSet.audit` finds out). False: as for all
-            other parameters, whoever reads it gets the masked weight. Known readers need no word: layers inside
-            nn.MultiheadAttention and nn.TransformerEncoderLayer and the output head are always masked so.
+            other parameters, whoever reads it gets the masked weight. The output head, and layers whose weight the
+            code of a class around them reads by name (``self.head.weight``; nn.TransformerEncoderLayer's fast path),
+            are always masked so.
         keep_effective_weights: each layer keeps one effective weight, which all passes between two optimizer steps
             share. False, where memory matters more, keeps nothing of a weight's size: the Triton backend makes the mask
             inside its products, others make an effective weight for each product (plan "recompute").

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,8 +30,8 @@ _GROUPS: dict[str, tuple[type[nn.Module], ...]] = {
 _BY_DEFAULT = (nn.Linear, nn.MultiheadAttention, _ConvNd)
 _MASKABLE = tuple(kind for kinds in _GROUPS.values() for kind in kinds)
 _MHA_INPUTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# these read weights without calling the layer that owns them
-_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_QUESTIONS = ("dtype", "device", "shape", "size", "dim", "ndim", "requires_grad")  # of a weight, not for its values
+_SETUP = ("__init__", "_init_", "init_", "reset_", "tie_", "_tie_")  # what runs before training
 
 
 class Target(NamedTuple):
@@ -134,12 +138,13 @@ class _Map:
         return f"what could be masked: {', '.join(names[:12]) or 'nothing by default (parameters can be named)'}{more}"
 
     def is_read(self, name: str, module: nn.Module) -> bool:
-        """Whether somebody is known to read the module's weight without calling the module."""
+        """Whether the code of a module around it reads its weight without calling it."""
         if module is self.head:
             return True
+        own = name.rpartition(".")[2]
         while name:
             name = name.rpartition(".")[0]
-            if isinstance(self.modules[name], _READERS):
+            if own in _weights_read_by(type(self.modules[name])):
                 return True
         return False
 
@@ -239,6 +244,33 @@ def _by_patterns(model_map: _Map, targets: Mapping[Pattern, Options]) -> dict[_K
             )
         chosen = {**found, **chosen}
     return chosen
+
+
+@cache
+def _weights_read_by(cls: type) -> frozenset[str]:
+    """The names of the submodules whose weight the class's code reads: "head" where it says ``self.head.weight``."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, value in vars(base).items():
+            value = value.fget if isinstance(value, property) else value
+            code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+            if code is not None and not name.startswith(_SETUP):
+                names.update(_weights_read_in(code))
+    return frozenset(names)
+
+
+def _weights_read_in(code: CodeType) -> Iterator[str]:
+    """The same of one function and those inside it."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _weights_read_in(constant)
+    steps = [("", ""), *((step.opname, step.argval) for step in dis.get_instructions(code))]
+    for asked, _, owner, read, after in zip(steps, steps[1:], steps[2:], steps[3:], steps[4:], strict=False):
+        is_question = (after[0] in ("LOAD_ATTR", "LOAD_METHOD") and after[1] in _QUESTIONS) or asked[1] == "isinstance"
+        if owner[0] == "LOAD_ATTR" and read == ("LOAD_ATTR", "weight") and not is_question:
+            yield owner[1]
 
 
 def _weights_of(module: nn.Module) -> list[str]:

@@ -338,8 +338,13 @@ def test_modules_that_can_not_take_a_mask_say_why_and_stay(new, targets, message
 # --- bypasses --------------------------------------------------------------------------------------------------------
 
 
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Reads a weight where no class says so."""
+    return F.linear(x, layer.weight)
+
+
 class Fused(nn.Module):
-    """Reads the head's weight itself, as fused losses do."""
+    """Hands the head to somebody who reads its weight, as fused losses do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,7 +352,7 @@ class Fused(nn.Module):
         self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.body(x), self.head.weight)
+        return product(self.body(x), self.head)
 
 
 class InEvalOnly(Fused):
@@ -355,14 +360,14 @@ class InEvalOnly(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.body(x)
-        return self.head(hidden) if self.training else F.linear(hidden, self.head.weight, self.head.bias)
+        return self.head(hidden) if self.training else product(hidden, self.head)
 
 
 class AlsoRead(Fused):
     """... beside calling it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x)) + 1e-3 * self.head.weight.square().sum()
+        return self.head(self.body(x)) + 1e-3 * product(torch.ones(4), self.head)
 
 
 @pytest.mark.parametrize("new", [Fused, InEvalOnly, AlsoRead])
@@ -377,6 +382,46 @@ def test_audit_names_a_bypassed_layer_and_unfused_masks_are_not_bypassed(new):
     masks = mask_model(model, {"head": {"fused": False}, "all-linear": {}})
     assert isinstance(model.body, MaskedLinear) and not isinstance(model.head, MaskedLinear)
     assert all(row["has_effect"] for row in masks.audit(normal(5, 4)))
+
+
+class Reading(Fused):
+    """Says in its code which weight it reads, as most do, and asks another for its type alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.body.weight, Tensor) and x.dtype == self.body.weight.dtype
+        return self.read(self.body(x))
+
+    @torch.autocast("cpu", enabled=False)
+    def read(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head.weight.contiguous(), self.head.bias)
+
+
+def test_weights_that_the_code_of_a_class_reads_are_masked_where_they_are_read():
+    class Derived(Reading):
+        pass
+
+    model, x = nn.Sequential(Derived()), normal(5, 4)
+    plain = copy.deepcopy(model)
+    masks = mask_model(model, init=random_scores)
+    assert isinstance(model[0].body, MaskedLinear) and not isinstance(model[0].head, MaskedLinear)
+    with torch.no_grad():
+        for name, mask in masks.kept().items():
+            plain.get_parameter(name).mul_(mask)
+    with masks.hard():
+        torch.testing.assert_close(model(x), plain(x))
+    assert all(row["has_effect"] for row in masks.audit(x))
+
+
+def test_mamba_and_mobilebert_read_weights_of_linear_layers_and_are_not_bypassed():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    mamba = transformers.MambaConfig(vocab_size=19, hidden_size=8, state_size=4, num_hidden_layers=1)
+    bert = transformers.MobileBertConfig(
+        vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        embedding_size=4, true_hidden_size=4, intra_bottleneck_size=4,
+    )  # fmt: skip
+    for model in (transformers.MambaForCausalLM(mamba), transformers.MobileBertForMaskedLM(bert)):
+        rows = mask_model(model.eval()).audit(torch.tensor([[1, 5, 7, 2]]))
+        assert rows and all(row["runs"] for row in rows)
 
 
 def test_an_output_head_is_masked_wherever_it_is_read():
