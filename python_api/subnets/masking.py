@@ -60,8 +60,8 @@ def mask_model(
             such module, for whole parameter names; a module type; a list of these groups, types and names of modules or
             parameters, whole or their last parts ("c_attn", "W_Q", "bias"); or a dict from any of these (but lists) to
             options of their own (kind, unit, score_init, fused), the first that matches wins. A tied weight that is
-            named has one mask for all its places.
-        exclude: of the same forms but dict; wins over targets.
+            named has one mask for all its places. A group never means the output head or tied weights.
+        exclude: of the same forms but dict; wins over targets. A module that is named is left out with its biases.
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.

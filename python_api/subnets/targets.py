@@ -81,8 +81,6 @@ def find_targets(
     else:
         _check_form("targets", targets)
         chosen = {key: {} for key in model_map.chosen(targets, "targets")}
-        if not isinstance(targets, Sequence) or isinstance(targets, str):
-            chosen = model_map.without_implicit(chosen, targets)
     excluded = set(model_map.chosen(exclude, "exclude")) if _is_given(exclude) else set()
     if isinstance(exclude, str) and not excluded:
         raise ValueError(f"mask_model: exclude={exclude!r} matches no whole module name; mend it or leave it out")
@@ -148,14 +146,9 @@ class _Map:
                 return True
         return False
 
-    def without_implicit(self, chosen: dict[_Key, Options], targets: Targets | None) -> dict[_Key, Options]:
-        """By default and for a group: without the output head and without tied weights."""
-        if targets is not None and targets not in _GROUPS:
-            return chosen
-        return {
-            key: options for key, options in chosen.items()
-            if self.modules[key[0]] is not self.head and len(self.places(key)) == 1
-        }  # fmt: skip
+    def is_implicit(self, key: _Key) -> bool:
+        """Whether the default and groups leave it out: the output head's weight, and tied weights."""
+        return self.modules[key[0]] is self.head or len(self.places(key)) > 1
 
     def chosen(self, targets: Targets | None, argument: str) -> list[_Key]:
         """The parameters that ``targets`` (or exclude) names."""
@@ -179,11 +172,12 @@ class _Map:
             kinds = _BY_DEFAULT if pattern is None else _GROUPS[str(pattern)]
             for name, module in self.modules.items():
                 if isinstance(module, kinds) or (kinds[0] is nn.Linear and is_hf_conv1d(module)):
-                    yield from ((name, own) for own in _weights_of(module))
+                    keys = ((name, own) for own in _weights_of(module))
+                    yield from (key for key in keys if argument == "exclude" or not self.is_implicit(key))
         elif isinstance(pattern, type):
             for name, module in self.modules.items():
                 if isinstance(module, pattern):
-                    yield from self._all_of(name, module)
+                    yield from self._all_of(name, module, argument)
         else:
             yield from self._by_regex(pattern, argument)
 
@@ -197,7 +191,7 @@ class _Map:
         for name, module in self.modules.items():
             if name and regex.fullmatch(name) and (_is_maskable(module) or argument == "exclude"):
                 fits_module = True
-                yield from self._all_of(name, module)
+                yield from self._all_of(name, module, argument)
         if not fits_module:
             yield from (key for key in self.order if regex.fullmatch(_full(*key)) and self._is_there(key))
 
@@ -208,7 +202,7 @@ class _Map:
             return
         for name, module in self.modules.items():
             if _ends(name or type(module).__name__, item.removesuffix(".weight")):
-                found = list(self._all_of(name, module))
+                found = list(self._all_of(name, module, argument))
                 if not found and argument == "targets" and not isinstance(module, nn.ModuleList | nn.Sequential):
                     raise ValueError(f"mask_model: {name or 'the model'} is a {type(module).__name__}, which has no "
                                      "weight of its own to mask; name its parts")  # fmt: skip
@@ -218,11 +212,11 @@ class _Map:
                 if own != "weight" and self._is_there((name, own)):
                     yield (name, own)
 
-    def _all_of(self, name: str, module: nn.Module) -> Iterator[_Key]:
-        """What a module stands for that was named itself, or by its type."""
-        yield from ((name, own) for own in _weights_of(module))
+    def _all_of(self, name: str, module: nn.Module, argument: str) -> Iterator[_Key]:
+        """What a module stands for that was named itself, or by its type: its weights, or to exclude, all it owns."""
+        yield from ((name, own) for own in (module._parameters if argument == "exclude" else _weights_of(module)))
         if isinstance(module, nn.MultiheadAttention):
-            yield (f"{name}.out_proj" if name else "out_proj", "weight")
+            yield from self._all_of(f"{name}.out_proj" if name else "out_proj", module.out_proj, argument)
 
     def _is_there(self, key: _Key) -> bool:
         return self.modules[key[0]]._parameters.get(key[1]) is not None
@@ -236,13 +230,14 @@ def _by_patterns(model_map: _Map, targets: Mapping[Pattern, Options]) -> dict[_K
             raise TypeError(f"mask_model: a key of targets must be a regex, group or type, got {pattern!r}")
         if not isinstance(options, Mapping) or set(options) - set(OPTIONS):
             raise TypeError(f"mask_model: targets[{pattern!r}] must be a dict of {', '.join(OPTIONS)}, got {options!r}")
-        found = model_map.without_implicit(dict.fromkeys(model_map.chosen(pattern, "targets"), options), pattern)
+        found = model_map.chosen(pattern, "targets")
         if not found:
             raise ValueError(
                 f"mask_model: targets {pattern!r} match nothing; a string that is a key must match whole names, as in "
                 f"r'.*c_attn'; {model_map.possible()}"
             )
-        chosen = {**found, **chosen}
+        taken = {place for key in chosen for place in model_map.places(key)}
+        chosen.update({key: options for key in found if key not in taken})
     return chosen
 
 

@@ -279,9 +279,21 @@ def test_a_tied_weight_has_one_mask_for_all_its_places(targets):
     assert model.head.weight is model.wte.weight and type(model.head) is nn.Linear
 
 
-def test_tied_weights_are_left_out_where_nobody_names_them():
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear"], {"all-linear"}, {"all-linear": {}}, None])
+def test_tied_weights_are_left_out_where_nobody_names_them(targets):
     model = nn.Sequential(Tied(), nn.Linear(7, 2))
-    assert list(mask_model(model, "all-linear").layers) == ["1.weight"]
+    assert list(mask_model(model, targets).layers) == ["1.weight"]
+
+
+def test_a_tied_weight_has_the_options_of_the_first_pattern_that_names_one_of_its_places():
+    masks = mask_model(Tied(), {"head": {"unit": "column"}, "wte": {"unit": "row"}})
+    assert masks.layers["wte.weight"].unit == "column"
+
+
+@pytest.mark.parametrize("exclude", ["0", ["0"], [nn.Linear], nn.Linear])
+def test_an_excluded_module_keeps_its_bias_unmasked_too(exclude):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))
+    assert list(mask_model(model, ["bias"], exclude=exclude).layers) == ["1.bias"]
 
 
 # --- options by pattern ----------------------------------------------------------------------------------------------
