@@ -30,8 +30,17 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
 
     def run() -> list[Tensor]:
         outputs = [leaf for leaf in tree_leaves(model(*inputs, **named_inputs)) if isinstance(leaf, Tensor)]
-        return [leaf for leaf in outputs if leaf.is_floating_point()]
+        outputs = [leaf for leaf in outputs if leaf.is_floating_point()]
+        if not any(bool(torch.isfinite(leaf).any()) for leaf in outputs):
+            raise RuntimeError(
+                "MaskSet.audit: there is no finite floating-point tensor in the model's output (a tensor, or tensors "
+                "in tuples, lists, dicts or outputs of transformers), so nothing can be told from it; give inputs or "
+                "flags with which it returns its logits or loss"
+            )
+        return outputs
 
+    if masks._state.is_disabled or masks._state.penalties is not None:
+        raise RuntimeError("MaskSet.audit: inside disabled() or collect_penalty() it can't tell; call it outside")
     known = {id(scores) for scores in masks.scores().values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if others:
@@ -110,6 +119,11 @@ def _bypassed(masks: MaskSet, run: Run) -> list[str]:
             with _changed([layers[name].weight for name in names]):
                 after = _seeded(run)
         noise = _distance(before, again)  # 0 but for kernels that add up in no fixed order
+        if noise > 1e-2 * max(float(out.nan_to_num(0.0, 0.0, 0.0).abs().max()) for out in before if out.numel()):
+            raise RuntimeError(
+                "MaskSet.audit: two runs on the same inputs and torch seed differ (random numbers of Python or numpy? "
+                "state that a run changes?), so nothing can be told from it; call model.eval() or fix that seed first"
+            )
         return _distance(before, after) > 10 * noise
 
     if not differs(list(layers)):
@@ -158,7 +172,10 @@ def _changed(weights: list[nn.Parameter]) -> Iterator[None]:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Buffers, random state and modes are afterwards as before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modes for name, buffer in module._buffers.items() if buffer is not None
+    ]  # fmt: skip
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):
@@ -167,7 +184,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
-            for buffer, old in buffers.items():
+            for module, name, buffer, old in buffers:
+                module._buffers[name] = buffer  # a forward pass may have put another there
                 buffer.copy_(old)
 
 

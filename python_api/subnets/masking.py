@@ -470,7 +470,8 @@ class MaskSet:
             (whether the output's gradient reaches its mask: False for a layer that these inputs do not need), backend.
 
         Raises:
-            RuntimeError: naming the layers whose masks are bypassed, or other parameters than scores that train.
+            RuntimeError: naming the layers whose masks are bypassed, or other parameters than scores that train; or
+                nothing can be told: no finite floating-point output, or another one from each run.
         """
         return audit(self, inputs, named_inputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 
 import pytest
 import torch
@@ -460,6 +461,52 @@ def test_audit_refuses_other_parameters_that_train_and_puts_everything_back():
     model[1].requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"only scores should train, but 1\.weight, 1\.bias require grad"):
         masks.audit(normal(5, 4))
+
+
+class Untold(Fused):
+    """Of whose output nothing can be told, in one way or another."""
+
+    def __init__(self, end: object) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, x: Tensor) -> object:
+        return self.end(super().forward(x))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("end, message", [
+    (lambda out: out.argmax(-1), "no finite floating-point tensor"),
+    (lambda out: {"logits": out * torch.inf - torch.inf}, "no finite floating-point tensor"),
+    (lambda out: type("Output", (), {"logits": out})(), "no finite floating-point tensor"),
+    (lambda out: out * random.random(), "two runs on the same inputs and torch seed differ"),
+])  # fmt: skip
+def test_audit_refuses_where_it_can_tell_nothing(end, message):
+    with pytest.raises(RuntimeError, match=message):
+        mask_model(Untold(end)).audit(normal(5, 4))
+
+
+def test_audit_refuses_inside_blocks_that_change_what_layers_do():
+    masks = mask_model(nn.Sequential(nn.Linear(4, 3)))
+    with masks.disabled(), pytest.raises(RuntimeError, match="inside disabled"):
+        masks.audit(normal(5, 4))
+
+
+class Counting(nn.Linear):
+    """Puts a new buffer in the old one's place at each pass."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes = self.passes + 1
+        return super().forward(x)
+
+
+def test_audit_puts_buffers_back_that_were_replaced():
+    model = nn.Sequential(Counting())
+    mask_model(model).audit(normal(5, 4))
+    assert model[0].passes.item() == 0
 
 
 # --- what is built on masks ------------------------------------------------------------------------------------------
