@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from subnets import DiscoveryConfig, Subnet, discover, mask_model, masks_of
 from subnets.nn import MaskedLinear, MaskedParameter
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -215,6 +216,14 @@ def test_what_is_kept_between_reads_without_grad_is_never_stale():
     assert now().requires_grad
 
 
+def test_forward_mode_derivatives_are_refused_never_zero():
+    model, x, targets, _ = made("embedding")
+    scores = mask_model(model, targets).layers["0.weight"].scores.detach()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        dual = forward_ad.make_dual(scores, torch.ones_like(scores))
+        torch.func.functional_call(model, {"0.weight_mask.scores": dual}, (x,))
+
+
 @pytest.mark.parametrize("case", ["embedding", "raw", "attention"])
 def test_a_compiled_model_follows_beta_without_a_graph_break_or_a_new_graph(case):
     model, x, targets, _ = made(case)
@@ -334,8 +343,17 @@ class OwnContainer(nn.Sequential):
         self.scale = nn.Parameter(torch.ones(3, 3))
 
 
+class Taken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.ones(3, 3))
+        self.register_buffer("W_mask", torch.ones(3, 3))
+
+
 @pytest.mark.parametrize("new, targets, message", [
     (lambda: nn.Sequential(nn.Embedding(4, 3, max_norm=1.0)), ["0"], "0: an Embedding with max_norm rescales"),
+    (lambda: nn.Sequential(nn.Embedding(4, 3, sparse=True)), ["0"], "0: an Embedding with sparse=True makes sparse"),
+    (Taken, ["W"], "the model: it has a W_mask already"),
     (OwnContainer, ["scale"], "the model: a OwnContainer's own parameters can't be masked"),
     (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))), None, "0: its weight is not a"),
     (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2)), {"0": {"unit": "row"}}, "transposed .* groups"),

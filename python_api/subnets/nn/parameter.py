@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from subnet_kernels.backends.base import keeps_w_eff
 from subnet_kernels.dispatch import choose_for
@@ -108,6 +109,8 @@ class MaskedParameter(MaskedLayer):
             return False
         if torch.is_grad_enabled() and (self.scores.requires_grad or self.weight.requires_grad):
             return False
+        if forward_ad._current_level >= 0:  # torch.autograd.forward_ad: a kept one has no tangent
+            return False
         return not is_transformed("effective_weight") and not is_vmapped()
 
     def _kept_or_made(self) -> Tensor:
@@ -137,6 +140,11 @@ def mask_parameter(
     check_can_mask(owner, where, parameter)
     for module, _ in ((owner, parameter), *sharers):
         _check_can_own(module, where)
+    if hasattr(owner, f"{parameter}_mask"):
+        raise ValueError(
+            f"{where}: it has a {parameter}_mask already, where the mask of {parameter} would go; rename that, or "
+            "leave this parameter out"
+        )
     mask = MaskedParameter(owner, parameter, **settings)
     owner.add_module(f"{parameter}_mask", mask)
     for module, name in ((owner, parameter), *sharers):
@@ -171,6 +179,11 @@ def _check_can_own(module: nn.Module, where: str) -> None:
         raise ValueError(
             f"{where}: an {name} with max_norm rescales its weight in place at every use, which a mask can't follow; "
             "set max_norm to None"
+        )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        raise ValueError(
+            f"{where}: an {name} with sparse=True makes sparse gradients, of which a mask's can't be made; "
+            "set sparse to False"
         )
 
 
