@@ -150,8 +150,10 @@ class Slot:
     def to_fill(
         self, weight: Tensor, scores: Tensor, beta: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """The buffers, stale until :meth:`mark_fresh`; None in inference mode, where the slot is to be left alone:
-        inference tensors can't be saved for a later backward pass."""
+        """The buffers, stale until :meth:`mark_fresh`; None where the slot is to be left alone: in inference mode,
+        whose tensors can't be saved for a later backward pass, and under FakeTensorMode, whose hold no values."""
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:  # pyright: ignore
+            return None
         if torch.is_inference_mode_enabled() or weight.is_inference() or scores.is_inference() or beta.is_inference():
             return None
         self._key = None

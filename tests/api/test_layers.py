@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from subnets import MaskedConv2d, MaskedHFConv1D, MaskedLinear, mask_model, masks_of
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
 import subnet_kernels as sk
@@ -496,6 +497,20 @@ def test_several_uses_between_two_steps_make_one_effective_weight():
     made_once = (layer._slot.w_eff.data_ptr(), layer._slot.w_eff._version)
     layer(x).sum().backward()
     assert (layer._slot.w_eff.data_ptr(), layer._slot.w_eff._version) == made_once
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_fake_tensors_fill_no_slot(unfused):
+    model = nn.Sequential(nn.Linear(4, 3))
+    mask_model(model, fused=not unfused)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+        mask_model(other := nn.Sequential(nn.Linear(4, 3)), fused=not unfused)
+        other.load_state_dict(model.state_dict())
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert other(fake.from_tensor(x)).shape == (2, 3)
+        assert torch.equal(other(x), expected)
 
 
 def test_inference_mode_fills_no_slot_and_training_goes_on_after_it():
