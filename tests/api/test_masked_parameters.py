@@ -57,6 +57,17 @@ class Lookup(nn.Module):
         return self.bag(ids)
 
 
+class Recurrent(nn.Module):
+    """An LSTM, which keeps a list of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
 def attended(module: nn.Module) -> nn.Module:
     class Self(nn.Module):
         def __init__(self) -> None:
@@ -92,6 +103,7 @@ CASES = {  # name: (new module, its input, targets, masked parameters)
     "encoder": (lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)),
                 normal(2, 4, 6), None,
                 ["0.linear1.weight", "0.linear2.weight", "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"]),
+    "recurrent": (Recurrent, normal(2, 5, 4), nn.LSTM, ["lstm.weight_hh_l0", "lstm.weight_ih_l0"]),
     "unfused": (lambda: nn.Sequential(nn.Linear(5, 3)), normal(4, 5), {"0": {"fused": False}}, ["0.weight"]),
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES)
@@ -146,10 +158,11 @@ def test_gradients_of_scores_and_penalty_equal_those_of_the_formula(case):
         assert error <= 2e-5 * leaf.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("case", ["embedding", "raw", "encoder"])
+@pytest.mark.parametrize("case", ["embedding", "raw", "encoder", "recurrent"])
 def test_copies_and_pickles_are_whole_and_apart(case):
     model, x, targets, _ = made(case)
     masks = mask_model(model, targets, init=random_scores)
+    model(x).sum()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

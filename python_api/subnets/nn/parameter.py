@@ -200,7 +200,8 @@ def _class_that_reads(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.
     """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        made = base.__reduce_ex__(self, protocol)
+        with torch.no_grad():  # an RNN reads its weights here to copy them; results of autograd can't be copied
+            made = base.__reduce_ex__(self, protocol)
         assert isinstance(made, tuple)
         return (_new, (base, names), *made[2:])
 
