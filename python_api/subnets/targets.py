@@ -10,8 +10,9 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLayer, MaskedLinear
 from .nn.hf_conv1d import is_hf_conv1d
@@ -69,8 +70,8 @@ def find_targets(
     """Parameter name -> what mask_model masks, in the model's order.
 
     Raises:
-        ValueError: nothing matches (the message lists what could), a pattern matches nothing, or a named module has
-            nothing to mask.
+        ValueError: nothing matches (the message lists what could), a pattern matches nothing, a named module has
+            nothing to mask, or two parameters lie in the same memory.
         TypeError: targets or exclude are of another form.
     """
     _check_form("exclude", exclude)
@@ -102,7 +103,22 @@ def find_targets(
         raise ValueError(
             f"mask_model: targets={targets!r} with exclude={exclude!r} match nothing; {model_map.possible()}"
         )
+    _check_apart(found)
     return found
+
+
+def _check_apart(found: dict[str, Target]) -> None:
+    """Two parameters in the same memory would have two masks, and one would not know of the other."""
+    first_at: dict[tuple[Any, int], str] = {}
+    for name, target in found.items():
+        weight = target.module._parameters.get(target.parameter)
+        if weight is None or is_lazy(weight) or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
+            continue  # nothing there (a DTensor, a fake one: no address of its own)
+        if (first := first_at.setdefault((weight.device, weight.data_ptr()), name)) != name:
+            raise ValueError(
+                f"mask_model: {first} and {name} are two Parameters in the same memory; make them one "
+                "(module.weight = other.weight), or exclude one of them"
+            )
 
 
 _Key = tuple[str, str]  # module's name, parameter's name in it

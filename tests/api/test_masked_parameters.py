@@ -312,6 +312,14 @@ def test_a_tied_weight_has_one_mask_for_all_its_places(targets):
     assert model.head.weight is model.wte.weight and type(model.head) is nn.Linear
 
 
+def test_two_parameters_in_the_same_memory_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight are two Parameters in the same memory"):
+        mask_model(model)
+    assert list(mask_model(model, exclude="1").layers) == ["0.weight"]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["all-linear"], {"all-linear"}, {"all-linear": {}}, None])
 def test_tied_weights_are_left_out_where_nobody_names_them(targets):
     model = nn.Sequential(Tied(), nn.Linear(7, 2))
