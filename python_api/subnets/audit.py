@@ -39,14 +39,16 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
             )
         return outputs
 
-    if masks._state.is_disabled or masks._state.penalties is not None:
-        raise RuntimeError("MaskSet.audit: inside disabled() or collect_penalty() it can't tell; call it outside")
+    if masks._state.is_disabled or masks._state.penalties is not None or torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "MaskSet.audit: inside disabled(), collect_penalty() or inference_mode() it can't tell; call it outside"
+        )
     known = {id(scores) for scores in masks.scores().values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if others:
         raise RuntimeError(
             f"MaskSet.audit: only scores should train, but {_listed(others)} require grad too; "
-            "requires_grad_(False) them, or keep them out of the optimizer and say so here"
+            "set requires_grad_(False) for the audit"
         )
     with _restored(model):
         runs = _count_runs(masks, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_arguments_of_another_form_are_refused():
 def test_a_masked_model_is_refused_and_a_diverged_weight_is_named():
     model = mlp()
     mask_model(model)
-    with pytest.raises(ValueError, match=r"masked already .0 \.\.\.."):
+    with pytest.raises(ValueError, match=r"masked already \(first masked layer: 0\)"):
         mask_model(model)
     model = mlp()
     with torch.no_grad():
@@ -738,3 +739,47 @@ def test_a_compiled_model_inside_collect_penalty_gives_the_same_penalty_and_grad
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).abs().max() <= 8 * EPS32 * eager.abs().max()
     assert counter.frame_count == 1
+
+
+# --- slips that used to be silent ------------------------------------------------------------------------------------
+
+
+def test_a_step_under_hard_masks_is_refused_and_moves_nothing():
+    model = mlp()
+    masks = mask_model(model)
+    optimizer = masks.adamw(lr=0.1, lam=1e-2)
+    before = {name: scores.detach().clone() for name, scores in masks.scores().items()}
+    with masks.hard(), pytest.raises(RuntimeError, match=r"the masks are hard, .*call soften\(\) first"):
+        optimizer.step()
+    assert all(torch.equal(scores, before[name]) for name, scores in masks.scores().items())
+    optimizer.step()
+    assert not torch.equal(next(iter(masks.scores().values())), before[next(iter(before))])
+
+
+def test_a_subnet_of_undecided_masks_comes_with_a_warning_and_says_so():
+    masks = mask_model(mlp())
+    with pytest.warns(UserWarning, match="100% of the masks are undecided at beta 1 .*anneal"):
+        assert masks.subnet().provenance["undecided"] == 1.0
+    masks.beta = 200.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert masks.subnet().provenance["undecided"] == 0.0
+        masks.beta = 1.0
+        masks.harden()
+        masks.subnet()
+
+
+def test_what_matches_nothing_is_answered_with_what_there_is():
+    for targets in (["nope"], {"nope": {}}, "nope"):
+        with pytest.raises(ValueError, match=r"match nothing.*what could be masked: 0 \(Linear\), 2 \(Linear\)"):
+            mask_model(mlp(), targets)
+
+
+def test_a_setting_that_does_not_fit_names_the_layer():
+    with pytest.raises(ValueError, match=r"^mask_model: 0: MaskedLinear: unit must be 'weight'"):
+        mask_model(mlp(), unit="rows")
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ValueError, match="the model is wrapped in nn.DataParallel"):
+        mask_model(nn.DataParallel(mlp()))
