@@ -113,6 +113,8 @@ def _reading(path: Path, read: Callable[[Any], _T]) -> _T:
             return read(file)
     except Exception as error:  # safetensors raises its own type, and OSError, ValueError, RuntimeError from below
         what = f"it is not a readable safetensors file ({_short(error)}), so it is damaged, cut or foreign"
+        if path.suffix in (".bin", ".pt", ".pth"):
+            raise _bad(path, what, "other people's checkpoints are read by read_neurosurgeon or read_masks") from None
         raise _bad(path, what) from error
 
 

@@ -248,3 +248,9 @@ def test_a_name_that_the_file_keeps_for_values_is_refused_when_it_clashes(tmp_pa
     subnet = Subnet({"a": mask, "values:a": mask}, weights={"a": torch.ones(2), "values:a": torch.ones(2)})
     with pytest.raises(ValueError, match="no parameter may be named 'values:...' or 'ranks:...'"):
         subnet.save(tmp_path / "s")
+
+
+def test_a_checkpoint_of_another_library_is_sent_to_its_reader(tmp_path):
+    torch.save({"0.weight": torch.ones(2, 2, dtype=torch.bool)}, tmp_path / "masks.pt")
+    with pytest.raises(ValueError, match="damaged, cut or foreign; other people's checkpoints are read by read_neuro"):
+        Subnet.load(tmp_path / "masks.pt")
