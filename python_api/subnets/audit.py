@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from subnet_kernels.shards import is_sharded
 
 from .nn import MaskedParameter
+from .subnet_file import listed
 
 if TYPE_CHECKING:
     from .masking import MaskSet
@@ -47,7 +48,7 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if others:
         raise RuntimeError(
-            f"MaskSet.audit: only scores should train, but {_listed(others)} require grad too; "
+            f"MaskSet.audit: only scores should train, but {listed(others)} require grad too; "
             "set requires_grad_(False) for the audit"
         )
     with _restored(model):
@@ -66,7 +67,7 @@ def audit(masks: MaskSet, inputs: tuple[Any, ...], named_inputs: dict[str, Any])
         )
         verb = "is" if len(bypassed) == 1 else "are"
         raise RuntimeError(
-            f"MaskSet.audit: masks are bypassed: {_listed(bypassed)} {verb} read without the mask ({cure})"
+            f"MaskSet.audit: masks are bypassed: {listed(bypassed)} {verb} read without the mask ({cure})"
         )
     densities = masks.density(per_layer=True)
     return [
@@ -189,7 +190,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, old in buffers:
                 module._buffers[name] = buffer  # a forward pass may have put another there
                 buffer.copy_(old)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
