@@ -268,9 +268,9 @@ class MaskSet:
             self._write_beta(now)
 
     def _check_soft(self) -> None:
-        if self._state.is_hard:
+        if self._state.is_hard and all(layer.scores.grad is None for layer in self.layers.values()):
             raise RuntimeError(
-                "MaskAdamW.step: the masks are hard, so their scores have no gradient and only penalty and decay would "
+                "MaskAdamW.step: the masks are hard and their scores have no gradient, so only penalty and decay would "
                 "move them; train outside hard(), or call soften() first"
             )
 
@@ -347,7 +347,8 @@ class MaskSet:
             trained, lr, betas, eps, weight_decay, lam=lam, in_backward=in_backward, moment_dtype=moment_dtype,
             capturable=capturable,
         )  # fmt: skip
-        optimizer.before, optimizer.advance, optimizer.upcoming = self._check_soft, self.step, self._upcoming
+        optimizer.before = None if in_backward else self._check_soft  # in backward the step is over by then
+        optimizer.advance, optimizer.upcoming = self.step, self._upcoming
         return optimizer
 
     @contextlib.contextmanager

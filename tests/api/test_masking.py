@@ -749,7 +749,7 @@ def test_a_step_under_hard_masks_is_refused_and_moves_nothing():
     masks = mask_model(model)
     optimizer = masks.adamw(lr=0.1, lam=1e-2)
     before = {name: scores.detach().clone() for name, scores in masks.scores().items()}
-    with masks.hard(), pytest.raises(RuntimeError, match=r"the masks are hard, .*call soften\(\) first"):
+    with masks.hard(), pytest.raises(RuntimeError, match=r"the masks are hard and .*call soften\(\) first"):
         optimizer.step()
     assert all(torch.equal(scores, before[name]) for name, scores in masks.scores().items())
     optimizer.step()

@@ -88,7 +88,7 @@ def test_a_mask_set_names_the_base_model_of_a_transformers_model():
     del known["versions"]
     assert known == {
         "base_model": "gpt2-tiny", "architecture": "GPT2LMHeadModel", "num_heads": 2, "beta": 3.0, "task": "t",
-        "lam": 0.5,
+        "lam": 0.5, "undecided": 1.0,
     }  # fmt: skip
     assert json.dumps(known)
     assert mask_model(nn.Linear(2, 2)).subnet().provenance["architecture"] == "Linear"
