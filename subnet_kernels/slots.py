@@ -80,8 +80,8 @@ class Slot:
     """Persistent effective weight (weight's shape and strides, compute dtype) and penalty (0-d) of one weight."""
 
     __slots__ = (
-        "__weakref__", "_kept", "_key", "_made_for", "_stamp", "_was_captured", "_written", "is_made_in_product",
-        "number", "penalty", "w_eff",
+        "__weakref__", "_kept", "_key", "_made_for", "_stamp", "_was_captured", "is_made_in_product", "number",
+        "penalty", "w_eff",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -89,7 +89,6 @@ class Slot:
         self.w_eff: Tensor | None = None
         self.penalty: Tensor | None = None
         self._key: tuple[Any, ...] | None = None
-        self._written = 0  # version of w_eff when it was made: who was handed it may have written into it since
         self._made_for: tuple[Any, ...] | None = None  # the weight's metadata and the capture that the buffers fit
         self._was_captured = False  # replays may change scores behind the key: outside of captures nothing is fresh
         self._stamp: tuple[object, int] | None = None  # of what was written ahead, see stamp()
@@ -135,9 +134,7 @@ class Slot:
 
     def is_fresh(self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype) -> bool:
         """Whether the buffers hold the effective weight of exactly these."""
-        if self._key is None or self.w_eff is None or self.w_eff._version != self._written:
-            return False
-        return self._key == self._key_of(weight, scores, beta, kind, dtype)
+        return self._key is not None and self._key == self._key_of(weight, scores, beta, kind, dtype)
 
     def lookup(
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
@@ -145,7 +142,7 @@ class Slot:
         """The buffers (w_eff, penalty) if they hold those of exactly these, else None."""
         if self._key is None or weight.is_inference() or scores.is_inference() or beta.is_inference():
             return None  # inference tensors have no version counter to key on
-        if not self.is_fresh(weight, scores, beta, kind, dtype):
+        if self._key != self._key_of(weight, scores, beta, kind, dtype):
             return None
         assert self.w_eff is not None and self.penalty is not None
         return self.w_eff, self.penalty
@@ -193,8 +190,7 @@ class Slot:
         if capture == FOREIGN or (self._was_captured and not capture):
             self.clear()  # right for the use that comes now, and for no other
             return
-        assert self.w_eff is not None
-        self._key, self._kept, self._written = key, (weight, scores), self.w_eff._version
+        self._key, self._kept = key, (weight, scores)
 
     def is_exact(
         self, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype, backend: Backend
