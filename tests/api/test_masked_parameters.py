@@ -237,6 +237,16 @@ def test_forward_mode_derivatives_are_refused_never_zero():
         torch.func.functional_call(model, {"0.weight_mask.scores": dual}, (x,))
 
 
+def test_what_is_written_into_a_masked_weight_is_lost_and_not_kept():
+    model, x, targets, _ = made("embedding")
+    mask_model(model, targets, init=random_scores)
+    expected = model(x).detach()
+    with torch.no_grad():
+        nn.init.zeros_(model[0].weight)
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("case", ["embedding", "raw", "attention"])
 def test_a_compiled_model_follows_beta_without_a_graph_break_or_a_new_graph(case):
     model, x, targets, _ = made(case)

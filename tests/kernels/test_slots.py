@@ -50,7 +50,7 @@ class Case:
 
     def damage(self) -> None:
         with torch.no_grad():
-            self.layer._slot.w_eff.data.fill_(float("nan"))  # a write that leaves no trace
+            self.layer._slot.w_eff.fill_(float("nan"))
 
     def trusts(self, run=None) -> bool:
         """Whether the next use takes what the slot holds; else it gives the right output."""

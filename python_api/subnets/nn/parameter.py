@@ -46,6 +46,7 @@ class MaskedParameter(MaskedLayer):
     owner: nn.Module
     sharers: tuple[tuple[nn.Module, str], ...] = ()
     op = "effective_weight"
+    _written = -1  # version of the kept effective weight when it was made: who was handed it may write into it
 
     def __init__(
         self, owner: nn.Module, parameter: str, *, kind: str | MaskKind = "sigmoid", score_init: float | Tensor = -0.1,
@@ -116,13 +117,15 @@ class MaskedParameter(MaskedLayer):
     def _kept_or_made(self) -> Tensor:
         weight, beta, kind = self.weight.detach(), self._state.beta, self.current_kind
         args = weight, self.scores.detach(), beta, kind, weight.dtype
-        if (kept := self._slot.lookup(*args)) is not None:
+        kept = self._slot.lookup(*args)
+        if kept is not None and kept[0]._version == self._written:
             return kept[0]
         buffers = self._slot.to_fill(weight, args[1], beta, weight.dtype)
         backend = choose_for(self.op, weight, args[1], kind.name, weight.dtype, self.plan)
         w_eff, _ = backend.effective_weight(*args, buffers)
         if buffers is not None:
             self._slot.mark_fresh(*args)
+            self._written = w_eff._version
         return w_eff
 
     def extra_repr(self) -> str:
