@@ -287,6 +287,19 @@ def test_reinit_keeps_the_mask_and_nothing_else(late):
     release(model)
 
 
+def test_a_fresh_model_as_control_gives_its_own_values(late):
+    fresh, model = small(7), late.plant(small(5))
+    late.plant(model, control=fresh)
+    masks = late.subnet.masks
+    assert_equal(values(model), {n: t * masks[n] if n in masks else t for n, t in values(fresh).items()})
+    release(model)
+    for wrong in ({"control": nn.Linear(2, 2)}, {"control": "rewind"}):
+        with pytest.raises(ValueError, match=r"Tickets.plant: (a model must have|control must be 'reinit')"):
+            late.plant(model, **wrong)
+    with pytest.raises(TypeError, match=r"Tickets.plant: 'random' needs generator"):
+        late.plant(model, control="random")
+
+
 def test_random_control_has_the_layers_densities_and_the_rewound_values(late):
     model = late.plant(small(5), control="random", generator=torch.Generator().manual_seed(1))
     for name, mask in late.subnet.masks.items():

@@ -139,7 +139,7 @@ class Tickets:
         self,
         model: nn.Module,
         level: int = -1,
-        control: Control | None = None,
+        control: Control | nn.Module | None = None,
         generator: torch.Generator | None = None,
     ) -> nn.Module:
         """Return ``model`` as that level starts: parameters and buffers rewound, pruned weights zero and held there.
@@ -149,30 +149,34 @@ class Tickets:
         Args:
             model: of the same parameters; what is in them is lost.
             level: which ticket.
-            control: "reinit": the same weights are pruned, but all parameters get fresh values by the model's own
-                initialisation and buffers those of the start: train it from step 0. "random": as many weights of each
-                layer, drawn at random, from the same rewound values. None: the ticket itself.
-            generator: of the control, a CPU `torch.Generator`.
+            control: "reinit": the same weights are pruned, but all parameters get fresh values by the modules' own
+                initialisation and buffers those of the start; another model of the same parameters: the same with its
+                values, for an initialisation of your own. Train both from step 0. "random": as many weights of each
+                layer, drawn at random, from the rewound values. None: the ticket itself.
+            generator: of "reinit" and "random", a CPU `torch.Generator`.
 
         Raises:
             ValueError: an unknown control, a model of other parameters, or one that cannot be initialised.
-            TypeError: a control without generator.
+            TypeError: "reinit" or "random" without generator.
             IndexError: no such level.
         """
         subnet, state = self.subnets[level], self.rewound
-        if control not in (None, "reinit", "random"):
-            raise ValueError(f"Tickets.plant: control must be 'reinit', 'random' or None, got {control!r}")
-        if control is not None and not isinstance(generator, torch.Generator):
-            raise TypeError("Tickets.plant: a control needs generator=torch.Generator().manual_seed(seed)")
-        shapes = {name: tensor.shape for name, tensor in state_of(model).items()}
-        if shapes != {name: tensor.shape for name, tensor in state.items()}:
-            raise ValueError("Tickets.plant: model must have the parameters and buffers of the one that was pruned")
-        if control == "random" and generator is not None:
-            subnet = subnet.sample_like(generator)
-        if control == "reinit":
-            nothing = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
-            Subnet(nothing).apply_(model, fill="reinit", generator=generator)
-            state = {**self.initial, **{name: p.detach() for name, p in model.named_parameters()}}
+        for its in (model, control):
+            if isinstance(its, nn.Module) and _shapes(state_of(its)) != _shapes(state):
+                raise ValueError("Tickets.plant: a model must have the parameters and buffers of the pruned one")
+        if isinstance(control, nn.Module):
+            state = state_of(control)
+        elif control is not None:
+            if control not in ("reinit", "random"):
+                raise ValueError(f"Tickets.plant: control must be 'reinit', 'random', a model or None, got {control!r}")
+            if not isinstance(generator, torch.Generator):
+                raise TypeError(f"Tickets.plant: {control!r} needs generator=torch.Generator().manual_seed(seed)")
+            if control == "random":
+                subnet = subnet.sample_like(generator)
+            else:
+                nothing = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+                Subnet(nothing).apply_(release(model), fill="reinit", generator=generator)
+                state = {**self.initial, **{name: p.detach() for name, p in model.named_parameters()}}
         _plant(model, state, subnet.masks)
         return model
 
@@ -292,6 +296,10 @@ def _check_zero(model: nn.Module, masks: State) -> None:
     if written:
         what = f"pruned weights of {listed(written)} are no longer zero after train"
         raise ValueError(f"{CALLER}: {what}; it must change weights by an optimizer's step, not by writing them")
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _plain(config: PruningConfig) -> dict[str, Any]:
