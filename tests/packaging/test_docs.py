@@ -11,7 +11,7 @@ from subnets.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon", "looking")
+GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon", "looking", "methods")
 RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
