@@ -167,6 +167,18 @@ def test_masks_are_nested_and_each_round_drops_the_smallest_of_those_left():
             assert size[gone].max() < size[after].min()
 
 
+def test_of_equal_weights_the_first_go_so_that_counts_are_exact():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 4, bias=False))
+
+    def train(model: nn.Module) -> None:
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[2.0, -1.0, 2.0, 3.0]]) * (model[0].weight != 0))
+            model[1].weight.copy_(torch.tensor([[-2.0], [2.0], [4.0], [5.0]]) * (model[1].weight != 0))
+
+    tickets = iterative_magnitude_pruning(model, train, PruningConfig(rounds=1, rate=0.5, scope="global"))
+    assert [mask.flatten().int().tolist() for mask in tickets.subnet.masks.values()] == [[0, 0, 0, 1], [0, 1, 1, 1]]
+
+
 def test_targets_and_exclude_choose_as_mask_model_does():
     tickets = iterative_magnitude_pruning(small(), steps, PruningConfig(rounds=1, exclude="3"))
     assert list(tickets.subnet.masks) == ["0.weight"]

@@ -281,12 +281,16 @@ def _pruned(weights: State, masks: State, config: PruningConfig, level: int) -> 
 
 def _without_smallest(weights: State, masks: State, num: int) -> State:
     """Return the masks without the ``num`` smallest ``|w|`` among all that they keep; of equal ones the first go."""
-    sizes = torch.cat([weights[name][mask].abs().cpu() for name, mask in masks.items()])
-    keep = torch.ones(len(sizes), dtype=torch.bool)
-    keep[sizes.argsort(stable=True)[:num]] = False
+    if num == 0:
+        return masks
+    sizes = torch.cat([weights[name][mask].abs() for name, mask in masks.items()])
+    cutoff = sizes.kthvalue(num).values
+    keep = sizes >= cutoff
+    equal = (sizes == cutoff).nonzero().view(-1)
+    keep[equal[: num - int((~keep).sum())]] = False
     parts = keep.split([int(mask.sum()) for mask in masks.values()])
     return {
-        name: torch.zeros_like(mask).masked_scatter_(mask, part.to(mask.device))
+        name: torch.zeros_like(mask).masked_scatter_(mask, part)
         for (name, mask), part in zip(masks.items(), parts, strict=True)
     }
 
