@@ -171,6 +171,11 @@ def test_constant_units_are_refused_or_left_out_and_constant_inputs_count_nothin
         found.centers(0)
 
 
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
 def test_other_bad_input_is_named():
     with pytest.raises(ValueError, match=r"at least two layers"):
         unit_hierarchy(nn.Sequential(nn.Linear(2, 2)), torch.randn(5, 2))
@@ -179,6 +184,9 @@ def test_other_bad_input_is_named():
         unit_hierarchy(model, torch.randn(1, 2))
     with pytest.raises(ValueError, match=r"'raise' or 'drop', got 'zero'"):
         unit_hierarchy(model, torch.randn(5, 2), constant="zero")
+    patches = nn.Sequential(nn.Conv2d(1, 3, 2, 2), nn.Flatten(2), Transposed(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"convolution '0', '3' must read \[images, features\], got \[5, 4, 3\]"):
+        unit_hierarchy(patches, torch.randn(5, 1, 4, 4))
     shared = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"each layer must run once in a pass"):
         unit_hierarchy(nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(2, 2)), torch.randn(5, 2))

@@ -114,6 +114,16 @@ def test_a_cluster_says_where_it_comes_from_and_survives_its_file(tmp_path):
     assert loaded.provenance["edges"] == "into" and loaded.iou(subnet) == 1.0
 
 
+def test_clusters_of_some_layers_only():
+    clusters = clusters_of(mlp(2, 3, 3, 2), {"0": [0, 1, 0], "2": [1, 0, -1], "4": [0, 0]})
+    assert clusters.only(["2"]).subnet(0).num_kept() == 3 + 1
+    assert clusters.only(clusters.chain.hidden).subnet(0).num_kept() == (4 + 2) + (3 + 1)
+    with pytest.raises(ValueError, match=r"must be a list of \['input', '0', '2', '4'\], got '2'"):
+        clusters.only("2")
+    with pytest.raises(ValueError, match=r"got \['1'\]"):
+        clusters.only(["1"])
+
+
 def test_clusters_are_counted_by_layer():
     table = clusters_of(mlp(2, 3, 3, 2), {"0": [0, 1, 0], "2": [1, 0, -1]}).table()
     assert list(table.head) == ["layer", "0", "1", "none"]
@@ -159,6 +169,12 @@ def test_wrong_models_and_layers_are_named():
     assert UnitChain(Net(), ["first", "second"]).sizes == {"input": 4, "first": 3, "second": 2}
     with pytest.raises(ValueError, match=r"no layer 'third'; it has second, first"):
         UnitChain(Net(), ["third"])
+    with pytest.raises(ValueError, match=r"each layer can be named once, and none 'input'"):
+        UnitChain(mlp(2, 2, 2), ["0", "0"])
+    with pytest.raises(ValueError, match=r"must have the same widths.*\(3, 2\), \(4, 3\)"):
+        UnitChain(Net(), [("second", "first")])
+    with pytest.raises(ValueError, match=r"norms\['0'\] must name a batch norm over 2 units, got '1'"):
+        UnitChain(mlp(2, 2, 2), ["0", "2"], {"0": "1"})
     with pytest.raises(ValueError, match=r"units are those of linear layers.*'1' is a LSTM"):
         UnitChain(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
     with pytest.raises(ValueError, match=r"'0' is a Conv2d with groups=2"):

@@ -228,7 +228,11 @@ def clusterability(
 
 
 def clusterability_table(networks: Mapping[str, Clusterability]) -> Table:
-    """Return n-cut, mean and spread of the shuffled ones, z and p value of each network, by its name."""
+    """Return n-cut, mean and spread of the shuffled ones, z and p value of each network.
+
+    Args:
+        networks: name to what `clusterability` gave.
+    """
     rows = [
         [name, f"{c.n_cut:.3f}", f"{np.mean(c.shuffled):.3f}", f"{np.std(c.shuffled):.3f}", f"{c.z:+.1f}",
          f"{c.p_value:.4f}"]

@@ -46,6 +46,9 @@ def ward(features: np.ndarray) -> np.ndarray:
 
     Each step merges the two clusters A, B of least ``dE = |A||B| / (|A|+|B|) * |c_A - c_B|^2``, c their centres; the
     height of a merge is ``sqrt(2 dE)``.
+
+    Args:
+        features: ``[units, features]``, at least two units.
     """
     from scipy.cluster.hierarchy import linkage
 
@@ -206,6 +209,13 @@ def _record(
     if odd := [name for name, its in read.items() if len(its) != 1]:
         raise ValueError(f"{caller}: each layer must run once in a pass, these ran never or several times: {odd}")
     signals = _examples(read[chain.links[0].name][0], chain.links[0].is_conv)
+    for link, after in zip(chain.links, chain.links[1:], strict=False):
+        shape = list(read[after.name][0].shape)
+        if link.is_conv and not after.is_conv and len(shape) != 2:
+            raise ValueError(
+                f"{caller}: behind convolution {link.name!r}, {after.name!r} must read [images, features], got {shape};"
+                " leave the convolutions out with layers=[...]"
+            )
     hidden = {
         link.name: _unit_outputs(read[after.name][0], link.num_out, after.is_conv, link.is_conv)
         for link, after in zip(chain.links, chain.links[1:], strict=False)

@@ -94,7 +94,7 @@ def lesion_test(
     Args:
         model: unmasked network that the clusters were found in; restored bit for bit. Its train or eval mode is the
             caller's business.
-        clusters: of `spectral_clusters` or `UnitHierarchy.cut`.
+        clusters: of `spectral_clusters`, or cut from a `unit_hierarchy`.
         class_accuracies: function of the model that returns the accuracy on each class, ``[classes]``.
         controls: random lesions per subcluster.
         seed: decides the draws.
@@ -142,7 +142,9 @@ def lesion_test(
 def combined_p(p_values: Sequence[float], controls: int) -> float:
     """Return one p value of several rank-based ones, by Fisher's method.
 
-    Each is lowered by half a rank, ``1 / (2 (controls + 1))``, so that its mean under chance is 1/2.
+    Args:
+        p_values: each ``rank / (controls + 1)``; it is lowered by half a rank, so that its mean under chance is 1/2.
+        controls: random cases that each was compared with.
     """
     from scipy.stats import combine_pvalues
 
@@ -154,8 +156,14 @@ def mean_p(p_values: Sequence[float]) -> float:
     """Return the probability that the mean of as many uniform p values is as small: over networks, by Bates'
     distribution ``P = 1/n! sum_k (-1)^k C(n, k) (S - k)^n`` over k <= S, their sum.
 
-    >>> mean_p([0.5]), mean_p([0.1, 0.1])
-    (0.5, 0.02)
+    Args:
+        p_values: one per network, from 0 to 1.
+
+    Raises:
+        ValueError: no number, or one out of range.
+
+    >>> mean_p([0.5]), mean_p([0.25, 0.25])
+    (0.5, 0.125)
     """
     from fractions import Fraction
     from math import comb, factorial

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ class UnitChain:
         layers: names of the layers in the order in which they run; a tuple holds layers side by side whose outputs make
             one unit (``("gate_proj", "up_proj")``). None takes all of an `nn.Sequential`, nested ones included.
         norms: layer's name to the batch norm that follows it, where that is not told by the order of a Sequential.
+        caller: begins the error messages.
 
     Attributes:
         links: one `Link` per layer; its output units are called by its name, the units before the first ``"input"``.
@@ -112,6 +113,9 @@ class UnitChain:
             names = (item,) if isinstance(item, str) else tuple(item)
             before = self.links[-1] if self.links else None
             self.links.append(_link(names, modules, dict(norms or {}), before, caller))
+        named = [INPUT, *(name for link in self.links for name in link.names)]
+        if len(set(named)) < len(named):
+            raise ValueError(f"{caller}: each layer can be named once, and none {INPUT!r}, got {named[1:]}")
         self.provenance: dict[str, Any] = provenance_of(model)
         self.sizes = {INPUT: self.links[0].num_in, **{link.name: link.num_out for link in self.links}}
 
@@ -172,6 +176,18 @@ class UnitClusters:
             raise ValueError(f"UnitClusters: cluster must be from 0 to {self.num_clusters - 1}, got {cluster!r}")
         return {name: labels == cluster for name, labels in self.labels.items()}
 
+    def only(self, layers: Sequence[str]) -> UnitClusters:
+        """Return the same clusters without the units of other layers: ``only(["3"])`` gives subclusters of one layer,
+        ``only(clusters.chain.hidden)`` leaves out inputs and outputs, without which nothing works.
+
+        Raises:
+            ValueError: a layer without units, or of another network.
+        """
+        if isinstance(layers, str) or not layers or set(layers) - set(self.labels):
+            raise ValueError(f"UnitClusters.only: layers must be a list of {list(self.labels)}, got {layers!r}")
+        labels = {name: its if name in layers else np.full_like(its, -1) for name, its in self.labels.items()}
+        return replace(self, labels=labels)
+
     def subnet(self, cluster: int, edges: Edges = "into", *, biases: bool = True) -> Subnet:
         """Return the cluster as a `Subnet` over the weights (and biases) of all layers of the chain.
 
@@ -207,6 +223,9 @@ def mlp_blocks(model: nn.Module) -> list[list[str | tuple[str, ...]]]:
 
     A block is known by the names that transformers and torch give its layers (c_fc and c_proj; gate_proj, up_proj and
     down_proj; fc1 and fc2; intermediate.dense and output.dense; linear1 and linear2; ...).
+
+    Args:
+        model: any; its modules are looked through by name.
 
     Raises:
         ValueError: no such block.
