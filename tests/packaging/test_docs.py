@@ -11,12 +11,17 @@ from subnets.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-GUIDES = ("quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon", "looking", "methods")
+GUIDES = (
+    "quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon", "looking", "methods", "clustering",
+)  # fmt: skip
+NEEDS = {"clustering.md": "sklearn"}  # pages that run where an optional package is installed
 RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
 @pytest.mark.parametrize("page", RUNS, ids=lambda page: page.name)
 def test_python_blocks_run_top_to_bottom_and_then_the_commands(page, tmp_path, monkeypatch):
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
