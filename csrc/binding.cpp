@@ -668,7 +668,7 @@ void linear_step(const Tensor& grad_out, const std::optional<Tensor>& grad_penal
 
 // ---- random_bits
 
-void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
+void random_bits(const Tensor& seed, const Tensor& offset, int64_t first_sample, const Tensor& out) {
   const char* op = "random_bits";
   int64_t num_groups;
   subnet::RandomBits params{};
@@ -676,6 +676,7 @@ void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
   params.rows = out.size(1), params.columns = out.size(2);
   params.seed = seed_of(op, seed, out.size(0), &params.seed_stride);
   params.offset = (uint32_t)*int64_of(op, "offset", offset);
+  params.first_sample = first_sample_of(op, first_sample);
   const subnet::CpuKernels& kernels = subnet::cpu_kernels();
   split(num_groups, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.random_bits(params, begin, end); });
 }
@@ -744,7 +745,7 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
   m.def("linear_step(Tensor grad_out, Tensor? grad_penalty, Tensor x, Tensor(a!) scores, Tensor(b!) exp_avg,"
         " Tensor(c!) exp_avg_sq, Tensor weight, Tensor(d!) w_eff, Tensor(e!) penalty, float step, Tensor beta,"
         " Tensor next_beta, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
-  m.def("random_bits(Tensor seed, Tensor offset, Tensor(a!) out) -> ()");
+  m.def("random_bits(Tensor seed, Tensor offset, int first_sample, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
   m.def("fused_linear_rows() -> int");

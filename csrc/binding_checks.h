@@ -207,6 +207,12 @@ inline const int64_t* seed_of(const char* op, const Tensor& seed, int64_t sample
   return static_cast<const int64_t*>(seed.data_ptr());
 }
 
+inline uint32_t first_sample_of(const char* op, int64_t first_sample) {
+  STD_TORCH_CHECK(first_sample >= 0 && first_sample <= UINT32_MAX, op, ": samples are numbered from 0 to ", UINT32_MAX,
+                  ", got ", first_sample);
+  return (uint32_t)first_sample;
+}
+
 // Where draws [samples, rows, columns] go; `num_groups` gets how many groups of eight columns they are.
 inline uint16_t* draws_of(const char* op, const Tensor& out, int64_t* num_groups) {
   int32_t dtype;

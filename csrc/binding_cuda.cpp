@@ -285,7 +285,7 @@ void mask_adamw_of_many(const std::vector<Tensor>& scores, const std::vector<Ten
 
 // ---- random_bits
 
-void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
+void random_bits(const Tensor& seed, const Tensor& offset, int64_t first_sample, const Tensor& out) {
   const OnGpu on("random_bits", out);
   on.check("seed", seed);
   on.check("offset", offset);
@@ -296,6 +296,7 @@ void random_bits(const Tensor& seed, const Tensor& offset, const Tensor& out) {
   params.num_groups = (uint32_t)num_groups;
   params.seed = seed_of(on.op, seed, out.size(0), &params.seed_stride);
   params.offset = int64_of(on.op, "offset", offset);
+  params.first_sample = first_sample_of(on.op, first_sample);
   on.run([&](int device, void* stream) { return subnet::launch_random_bits(params, device, stream); });
 }
 

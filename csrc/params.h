@@ -125,6 +125,7 @@ struct RandomBits {
   const int64_t* seed;                     // one for all samples (seed_stride 0), or one each (1)
   int64_t seed_stride;
   uint32_t offset;
+  uint32_t first_sample;                   // number of the first, where one seed serves all
 };
 
 // packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.

@@ -2,24 +2,40 @@
 
 With ``z = beta * s``:
 
-========  =================  ==========================  ============  ==================
-kind      value m            slope dm/ds                 penalty       penalty_slope
-========  =================  ==========================  ============  ==================
-sigmoid   sigmoid(z)         beta * m * sigmoid(-z)      m             slope
-hard      1[s > 0]           0                           m             0
-========  =================  ==========================  ============  ==================
+=============  =======================  ==============================  ===================  ==================
+kind           value m                  slope dm/ds                     penalty              penalty_slope
+=============  =======================  ==============================  ===================  ==================
+sigmoid        sigmoid(z)               beta * m * sigmoid(-z)          m                    slope
+hard           1[s > 0]                 0                               m                    0
+gumbel         1[draw < threshold(z)]   beta * y * (1-y) / tau          z                    beta
+bernoulli      1[draw < threshold(z)]   beta * p * (1-p)                p                    slope
+hard_concrete  clip(c)                  beta * (zeta-gamma) * y * (1-y) P(m != 0)            its derivative
+                                        / tau inside (0, 1), else 0
+topk           1[abs(s) among the top]  sign(s)                         m                    0
+threshold      1[s > at]                1                               m                    0
+=============  =======================  ==============================  ===================  ==================
+
+The kinds with a ``draw`` are sampled: 16 random bits for each score, as random.py makes them from a key and the score's
+place, so that a backward pass can make a mask again. With ``u = (draw + 1/2) / 2^16`` and ``n = -logit(u)``, which is
+logistic noise: ``y = sigmoid((z + n) / tau)``, ``p = sigmoid(z)``, ``c = y * (zeta - gamma) + gamma``, and
+``threshold(z) = ceil(2^16 * p - 1/2)``, so that ``draw < threshold`` says ``u < p``, ``y > 1/2`` and ``z + n > 0`` alike.
+Their slope is that of a surrogate, taken straight through the decision.
 
 Every kernel, in any language, is a translation of this page and is tested against it in fp64. ``1 - m`` is always
 ``sigmoid(-z)``: the subtraction would lose all digits where the mask is nearly one. A sigmoid below 2^-100, of z or of
 -z, is 0: kept, it would make subnormal weights and gradients, which CPUs multiply a hundred times slower.
 
-Source: continuous sparsification (Savarese, Silva, Maire, NeurIPS 2020, arXiv 1912.04427).
+Sources: sigmoid: continuous sparsification (Savarese, Silva, Maire, NeurIPS 2020, arXiv 1912.04427); gumbel: Csordas, van
+Steenkiste, Schmidhuber (ICLR 2021, arXiv 2010.02066); bernoulli: supermasks (Zhou, Lan, Liu, Yosinski, NeurIPS 2019);
+hard_concrete: Louizos, Welling, Kingma (ICLR 2018); topk: edge-popup (Ramanujan et al., CVPR 2020); threshold: Piggyback
+(Mallya, Davis, Lazebnik, ECCV 2018).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,17 +53,28 @@ KINDS: dict[str, type[MaskKind]] = {}  # by name; defining a subclass of MaskKin
 
 @dataclass(frozen=True)
 class MaskKind:
-    """How a score becomes a mask value. A subclass has a ``name`` and four elementwise functions of (scores, beta)."""
+    """How a score becomes a mask value. A subclass has a ``name`` and four functions of (scores, beta)."""
 
     name: ClassVar[str]
     is_trainable: ClassVar[bool] = True
+    is_sampled: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.name] = cls
+        if "name" in vars(cls):
+            KINDS[cls.name] = cls
 
     def params(self) -> list[float]:
         """The kind's numbers in field order, as op schemas carry them (``float[] params``)."""
-        return [float(getattr(self, field.name)) for field in fields(self)]
+        return [float(getattr(self, each.name)) for each in fields(self) if each.name != "key"]
+
+    @property
+    def hard(self) -> MaskKind:
+        """The kind of the binary mask that is kept: Hard, 1[s > 0], unless a kind says otherwise."""
+        return Hard()
+
+    def soft_value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """How sure a mask is: its value, or, where that is sampled, the probability that it is not 0."""
+        return self.value(scores, beta)
 
     def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
         """The mask m of each score: scores' shape and dtype."""
@@ -94,8 +121,251 @@ class Hard(MaskKind):
         return torch.zeros_like(scores)
 
 
-def as_kind(kind: str | MaskKind, params: list[float] | None = None) -> MaskKind:
-    """The mask kind of that name (a bare string stands for its defaults) or the object itself.
+@dataclass(frozen=True)
+class Threshold(MaskKind):
+    """m = 1[s > at], trained straight through: dm/ds = 1. Piggyback's mask; its scores begin at 1e-2.
+
+    Raises:
+        ValueError: ``at`` is not finite.
+    """
+
+    name: ClassVar[str] = "threshold"
+    at: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.at):
+            raise ValueError(f"kind threshold: at must be finite, got {self.at}")
+
+    @property
+    def hard(self) -> MaskKind:
+        return self
+
+    def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return (scores > self.at).to(scores.dtype)
+
+    def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return torch.ones_like(scores)
+
+    def penalty_slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return torch.zeros_like(scores)
+
+
+@dataclass(frozen=True)
+class TopK(MaskKind):
+    """m = 1 for the scores that are largest in size: all of a tensor but the ``int((1 - kept) * n)`` smallest; dm/ds =
+    sign(s). Edge-popup's mask; of equal scores those that come first go first.
+
+    Raises:
+        ValueError: ``kept`` is not in (0, 1].
+    """
+
+    name: ClassVar[str] = "topk"
+    kept: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kind topk: kept, the fraction of the weights that stay, must be in (0, 1], got {self.kept}")
+
+    @property
+    def hard(self) -> MaskKind:
+        return self
+
+    def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        sizes = scores.detach().abs().flatten()
+        num_dropped = int((1 - self.kept) * sizes.numel())
+        m = torch.ones_like(sizes)
+        m[sizes.sort(stable=True).indices[:num_dropped]] = 0
+        return m.view(scores.shape)
+
+    def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return scores.sign()
+
+    def penalty_slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return torch.zeros_like(scores)
+
+
+# --- sampled kinds ---------------------------------------------------------------------------------------------------
+
+NUM_DRAWS = 2**16
+MOST_SAMPLES = 4096  # of one layer; the samples of a model's layers lie that far apart
+
+
+def keep_thresholds(scores: Tensor, beta: Tensor | float) -> Tensor:
+    """``ceil(2^16 * sigmoid(beta*s) - 1/2)``, at most 2^16 - 1, as uint16 of scores' shape: a weight is kept where its
+    draw is smaller. Kernels decide by comparing these integers, so that equal thresholds mean equal masks everywhere.
+    """
+    thresholds = torch.ceil(NUM_DRAWS * torch.sigmoid(beta * scores) - 0.5)
+    return thresholds.clamp_(0, NUM_DRAWS - 1).to(torch.int32).to(torch.uint16)
+
+
+def logistic_noise(draws: Tensor, dtype: torch.dtype) -> Tensor:
+    """``n = -logit(u)`` of ``u = (draw + 1/2) / 2^16``: logistic(0, 1), rounded once from fp64."""
+    u = (draws.to(torch.float64) + 0.5) / NUM_DRAWS
+    return (torch.log1p(-u) - torch.log(u)).to(dtype)
+
+
+@dataclass(frozen=True)
+class SampledKind(MaskKind):
+    """A kind whose masks are drawn. ``samples`` masks serve a batch, each a part of it: mask g the g-th 1/samples.
+
+    Attributes:
+        samples: masks per batch.  sample: number of the first, by which draws with one key are told apart.
+        key: int64 [seed, step], a tensor on the scores' device; :meth:`at` gives it.
+    """
+
+    is_sampled: ClassVar[bool] = True
+    samples: int = 1
+    sample: int = 0
+    key: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", int(self.samples))  # op schemas carry floats
+        object.__setattr__(self, "sample", int(self.sample))
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise ValueError(f"kind {self.name}: samples must be from 1 to {MOST_SAMPLES}, got {self.samples}")
+        if self.sample < 0:
+            raise ValueError(f"kind {self.name}: sample must be at least 0, got {self.sample}")
+
+    def at(self, key: Tensor, sample: int | None = None) -> Any:
+        """The same with this key and, if given, first sample."""
+        return replace(self, key=key, sample=self.sample if sample is None else sample)
+
+    def each(self) -> list[Any]:
+        """A kind of one sample for each of its samples."""
+        return [replace(self, samples=1, sample=self.sample + g) for g in range(self.samples)]
+
+    def draws(self, scores: Tensor) -> Tensor:
+        """The 16 bits of each score, int32 of scores' shape."""
+        from .random import random_bits  # which imports the backends, and they this
+
+        if self.key is None:
+            raise ValueError(f"kind {self.name} is sampled and needs a key: int64 [seed, step] on the scores' device")
+        seed, step = self.key.unbind()
+        bits = random_bits(seed, step, tuple(scores.shape), first_sample=self.sample)
+        return bits[0].to(torch.int32)
+
+    def noise(self, scores: Tensor) -> Tensor:
+        """Logistic noise for each score."""
+        return logistic_noise(self.draws(scores), scores.dtype)
+
+    def soft_value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return _sigmoid(beta * scores)
+
+    def decided(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """1 where the draw says that the weight stays."""
+        return (self.draws(scores) < keep_thresholds(scores, beta).to(torch.int32)).to(scores.dtype)
+
+
+def _check_tau(name: str, tau: float) -> None:
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"kind {name}: tau, the temperature, must be finite and > 0, got {tau}")
+
+
+@dataclass(frozen=True)
+class Gumbel(SampledKind):
+    """m = 1[z + n > 0] with logistic noise n; its slope is that of sigmoid((z + n)/tau), straight through. P(m = 1) =
+    sigmoid(z) for every tau. The penalty is the sum of the logits z, which has no lower bound: with Adam it drives
+    every logit that the loss does not hold down by one rate per step, for ever. Csordas's weight masks.
+
+    Raises:
+        ValueError: tau is not finite and > 0; samples below 1.
+    """
+
+    name: ClassVar[str] = "gumbel"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_tau(self.name, self.tau)
+
+    def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return self.decided(scores, beta)
+
+    def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        y = (beta * scores + self.noise(scores)) / self.tau
+        return beta * (_sigmoid(y) * _sigmoid(-y)) / self.tau
+
+    def penalty(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return beta * scores
+
+    def penalty_slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return torch.ones_like(scores) * beta
+
+
+@dataclass(frozen=True)
+class Bernoulli(SampledKind):
+    """m = 1 with probability p = sigmoid(z); its slope is that of p. Zhou's supermasks."""
+
+    name: ClassVar[str] = "bernoulli"
+
+    def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return self.decided(scores, beta)
+
+    def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        z = beta * scores
+        return beta * (_sigmoid(z) * _sigmoid(-z))
+
+    def penalty(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return _sigmoid(beta * scores)
+
+
+@dataclass(frozen=True)
+class HardConcrete(SampledKind):
+    """m = clip(y * (zeta - gamma) + gamma, 0, 1) with y = sigmoid((z + n)/tau): 0 and 1 have a probability of their own.
+    The penalty is P(m != 0) = sigmoid(z - tau * ln(-gamma/zeta)), the expected L0 norm. What is kept is z > 0, where the
+    mask without noise is above 1/2. Louizos's gates.
+
+    Raises:
+        ValueError: tau is not finite and > 0; gamma is not below 0 or zeta not above 1.
+    """
+
+    name: ClassVar[str] = "hard_concrete"
+    tau: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_tau(self.name, self.tau)
+        if not (math.isfinite(self.gamma) and math.isfinite(self.zeta) and self.gamma < 0 and self.zeta > 1):
+            raise ValueError(
+                f"kind hard_concrete: needs gamma < 0 and zeta > 1, got {self.gamma} and {self.zeta}; else 0 or 1 is "
+                "never reached"
+            )
+
+    def _stretched(self, y: Tensor) -> Tensor:
+        return y * (self.zeta - self.gamma) + self.gamma
+
+    def _noisy(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return (beta * scores + self.noise(scores)) / self.tau
+
+    def _nonzero_logit(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return beta * scores - self.tau * math.log(-self.gamma / self.zeta)
+
+    def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return self._stretched(_sigmoid(self._noisy(scores, beta))).clamp(0, 1)
+
+    def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        y = self._noisy(scores, beta)
+        stretched = self._stretched(_sigmoid(y))
+        inside = (stretched > 0) & (stretched < 1)
+        return inside * (beta * (self.zeta - self.gamma) / self.tau) * (_sigmoid(y) * _sigmoid(-y))
+
+    def penalty(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        return _sigmoid(self._nonzero_logit(scores, beta))
+
+    def penalty_slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        z = self._nonzero_logit(scores, beta)
+        return beta * (_sigmoid(z) * _sigmoid(-z))
+
+    def mean_value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
+        """The mask without noise, which the authors use at test time: clip(sigmoid(z) * (zeta - gamma) + gamma, 0, 1)."""
+        return self._stretched(_sigmoid(beta * scores)).clamp(0, 1)
+
+
+def as_kind(kind: str | MaskKind, params: list[float] | None = None, key: Tensor | None = None) -> MaskKind:
+    """The mask kind of that name (a bare string stands for its defaults) or the object itself; a sampled one with the
+    key, if there is one.
 
     Raises:
         ValueError: no kind has that name; the message lists those there are.
@@ -107,7 +377,8 @@ def as_kind(kind: str | MaskKind, params: list[float] | None = None) -> MaskKind
         raise TypeError(f"kind must be a mask kind's name or a MaskKind, got {type(kind).__name__}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
-    return KINDS[kind](*params or ())
+    made = KINDS[kind](*params or ())
+    return made if key is None or not isinstance(made, SampledKind) else made.at(key)
 
 
 # --- one score for several weights -----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 def random_bits(
     seed: int | Tensor, offset: int | Tensor, shape: Sequence[int], num_samples: int = 1,
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None, first_sample: int = 0,
 ) -> Tensor:
     """16 random bits for every element of ``num_samples`` masks of ``shape``; the module says which.
 
@@ -60,6 +60,7 @@ def random_bits(
             with one dimension or none is one row.
         num_samples: masks that are drawn; sample i does not depend on how many they are.
         device: where seed and offset are ints (the CPU if not given).
+        first_sample: the number of the first sample, in [0, 2^32); with one seed for all of them.
 
     Returns:
         uint16 ``[num_samples, *shape]``, uniform in [0, 2^16). (PyTorch compares uint16 on few devices:
@@ -79,16 +80,20 @@ def random_bits(
     if num_samples < 0 or any(size < 0 for size in sizes):
         raise ValueError(f"random_bits: sizes must not be negative, got {num_samples} samples of shape {sizes}")
     rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
+    if not 0 <= first_sample <= _WORD - num_samples:
+        raise ValueError(f"random_bits: first_sample must be in [0, 2^32 - num_samples), got {first_sample}")
     seed, offset = _tensors(seed, offset, num_samples, device)
     if native.serves(seed):
         out = torch.empty(num_samples, rows, columns, dtype=torch.uint16, device=seed.device)
-        torch.ops.subnet_native.random_bits(seed, offset, out)
+        torch.ops.subnet_native.random_bits(seed, offset, first_sample, out)
     else:
-        out = plain_random_bits(seed, offset, num_samples, rows, columns)
+        out = plain_random_bits(seed, offset, num_samples, rows, columns, first_sample)
     return out.view(num_samples, *sizes)
 
 
-def plain_random_bits(seed: Tensor, offset: Tensor, num_samples: int, rows: int, columns: int) -> Tensor:
+def plain_random_bits(
+    seed: Tensor, offset: Tensor, num_samples: int, rows: int, columns: int, first_sample: int = 0
+) -> Tensor:
     """uint16 [num_samples, rows, columns] by plain PyTorch; seed 0-d or [num_samples]."""
     samples = 1 if seed.dim() else num_samples  # that one seed has
     groups = (columns + 7) // 8
@@ -96,7 +101,8 @@ def plain_random_bits(seed: Tensor, offset: Tensor, num_samples: int, rows: int,
     def indices(num: int, *shape: int) -> Tensor:
         return torch.arange(num, device=seed.device).view(shape)
 
-    counter = indices(rows, 1, -1, 1), indices(groups, 1, 1, -1), indices(samples, -1, 1, 1), offset & _WORD
+    numbers = indices(samples, -1, 1, 1) + (0 if seed.dim() else first_sample)
+    counter = indices(rows, 1, -1, 1), indices(groups, 1, 1, -1), numbers, offset & _WORD
     seed = seed.view(-1, 1, 1)
     words = torch.broadcast_tensors(*philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]

@@ -40,7 +40,7 @@ void random_bits(const RandomBits& p, int64_t group_begin, int64_t group_end) {
     const int64_t last = groups - first < group_end - at ? groups : first + (group_end - at);
     const auto sample = (uint32_t)(line / p.rows), row = (uint32_t)(line % p.rows);
     const auto seed = (uint64_t)p.seed[sample * p.seed_stride];
-    const uint32_t counted = p.seed_stride ? 0 : sample;
+    const uint32_t counted = p.seed_stride ? 0 : p.first_sample + sample;
     uint16_t* out = p.out + line * p.columns;
     for (int64_t group = first; group < last; group += kLanes) {
       const auto drawn = Philox<VectorWords>::draw({{VectorBits{} + row, lanes + (uint32_t)group, VectorBits{} + counted,

@@ -120,6 +120,7 @@ struct CudaRandomBits {
   uint32_t num_groups;                    // samples * rows * ceil(columns / 8)
   const int64_t *seed, *offset;           // one offset; seeds: see RandomBits
   int64_t seed_stride;
+  uint32_t first_sample;
 };
 const char* launch_random_bits(const CudaRandomBits& params, int device, void* stream);
 

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) random_bits_kernel(const __grid_cons
   const uint32_t line = at / groups, group = at % groups;  // line: a row of a sample
   const uint32_t sample = line / (uint32_t)p.rows, row = line % (uint32_t)p.rows;
   const auto seed = (uint64_t)p.seed[sample * p.seed_stride];
-  const auto drawn = Philox<ScalarWords>::draw({{row, group, p.seed_stride ? 0 : sample, (uint32_t)*p.offset}},
+  const auto drawn = Philox<ScalarWords>::draw({{row, group, p.seed_stride ? 0 : p.first_sample + sample, (uint32_t)*p.offset}},
                                                (uint32_t)seed, (uint32_t)(seed >> 32));
   uint16_t* out = p.out + (int64_t)line * p.columns + 8 * group;
   const int64_t left = p.columns - 8 * (int64_t)group;

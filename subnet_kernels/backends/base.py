@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import MaskKind
+from ..masks import MaskKind, SampledKind, expand_scores, sum_to_scores
 from .layout import empty_of_masks
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
@@ -229,6 +229,27 @@ class Backend:
         """ds [G, *unit shape] of grad_out [G, M, N] and x [G, M, K], or [M, K] for all, by a kernel that writes no
         product; None where there is none or the vendor's way is faster."""
         return None
+
+    # --- sampled masks: a kind of one sample, with its key ----------------------------------------------------------
+
+    def keep_thresholds(self, scores: Tensor, beta: Tensor, kind: SampledKind) -> Tensor | None:
+        """What draws are compared with, by masks.keep_thresholds: uint16 of scores' shape; None for kinds that this
+        backend makes in another way."""
+        return None
+
+    def sampled_weight(
+        self, weight: Tensor, scores: Tensor, thresholds: Tensor | None, beta: Tensor, kind: SampledKind, out: Tensor
+    ) -> None:
+        """out = weight * m, contiguous, of weight's shape."""
+        m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
+        out.copy_(weight.to(m.dtype) * m)
+
+    def sampled_grad_scores_(
+        self, grad_scores: Tensor, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: SampledKind
+    ) -> None:
+        """grad_scores += sum over the weights of a score of grad_w_eff * weight, times slope."""
+        product = grad_w_eff.to(scores.dtype) * weight.to(scores.dtype)
+        grad_scores += sum_to_scores(product, tuple(scores.shape)) * kind.slope(scores, beta)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,12 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from ..backends.base import Backend
 from ..backends.layout import empty_of_masks
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
-from ..masks import MaskKind, as_kind, expand_scores, weights_per_score
+from ..masks import KINDS, MaskKind, SampledKind, as_kind, expand_scores, weights_per_score
 from . import checks
 from .checks import is_of_masks
 from .once import differentiable_once
 from .registry import register_op, register_vmap
+from .sampled import check_key, check_one_mask, choose_sampled, sampled_effective_weight, sampled_effective_weight_backward
 
 
 def is_vmapped() -> bool:
@@ -47,7 +48,16 @@ def is_transformed(op: str, backend: str | None = None) -> bool:
 def plain_effective_weight(
     weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain differentiable PyTorch."""
+    """The same in plain differentiable PyTorch.
+
+    Raises:
+        BackendRefused: the kind's slope is not the derivative of its value.
+    """
+    if kind.name not in ("sigmoid", "hard"):
+        raise BackendRefused(
+            f"effective_weight: torch.func transforms differentiate a mask's value, and kind {kind.name!r} has a slope of "
+            "its own; use loss.backward()"
+        )
     if is_of_masks(weight, scores):
         made = [plain_effective_weight(weight, part, beta, kind, dtype) for part in scores.unbind()]
         return torch.stack([w_eff for w_eff, _ in made]), torch.stack([penalty for _, penalty in made])
@@ -60,6 +70,8 @@ def _choose(
     weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, backend: str | None = None
 ) -> Backend:
     """The backend of one call; for several masks that of each."""
+    if KINDS[kind].is_sampled:
+        return choose_sampled(weight, scores, kind, dtype, backend)
     one = scores[0] if is_of_masks(weight, scores) else scores
     return choose_for("effective_weight", weight, one, kind, dtype, None, backend)
 
@@ -67,6 +79,8 @@ def _choose(
 def _run(
     backend: Backend, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(kind, SampledKind):
+        return sampled_effective_weight(backend, weight, scores, beta, kind, dtype)
     if is_of_masks(weight, scores):
         return backend.effective_weight_of_masks(weight, scores, beta, kind, dtype)
     return backend.effective_weight(weight, scores, beta, kind, dtype)
@@ -76,6 +90,10 @@ def _run_backward(
     backend: Backend, grad_w_eff: Tensor | None, grad_penalty: Tensor | None, weight: Tensor, scores: Tensor,
     beta: Tensor, kind: MaskKind, needs_scores: bool, needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(kind, SampledKind):
+        return sampled_effective_weight_backward(
+            backend, grad_w_eff, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight
+        )
     run = backend.grad_scores_of_masks if is_of_masks(weight, scores) else backend.grad_scores
     return run(grad_w_eff, grad_penalty, weight, scores, beta, kind, needs_scores, needs_weight)
 
@@ -99,14 +117,14 @@ class _EffectiveWeight(torch.autograd.Function):
     ) -> Any:
         backend = _choose(weight, scores, kind.name, dtype, name)
         ctx.backend, ctx.kind = backend, kind
-        ctx.save_for_backward(weight, scores, beta)
+        ctx.save_for_backward(weight, scores, beta, kind.key if isinstance(kind, SampledKind) else None)
         ctx.set_materialize_grads(False)
         return _run(backend, weight, scores, beta, kind, dtype)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_w_eff: Tensor | None, grad_penalty: Tensor | None) -> Any:
-        weight, scores, beta = ctx.saved_tensors
+        weight, scores, beta, _key = ctx.saved_tensors  # a key that was changed since is noticed here
         grad_scores, grad_weight = _run_backward(
             ctx.backend, grad_w_eff, grad_penalty, weight, scores, beta, ctx.kind,
             needs_scores=ctx.needs_input_grad[1], needs_weight=ctx.needs_input_grad[0],
@@ -121,12 +139,16 @@ def _implementation(
     weight: Tensor, scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None,
     dtype: torch.dtype, backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return _run(_choose(weight, scores, kind, dtype, backend), weight, scores, beta, as_kind(kind, params), dtype)
+    made = as_kind(kind, params, key)
+    return _run(_choose(weight, scores, kind, dtype, backend), weight, scores, beta, made, dtype)
 
 
 def _fake(weight, scores, beta, kind, params, key, dtype, backend):
     if is_of_masks(weight, scores):
         return empty_of_masks(weight, scores.shape[0], dtype), scores.new_empty(scores.shape[0])
+    made = as_kind(kind, params)
+    if isinstance(made, SampledKind) and made.samples > 1:
+        return weight.new_empty((made.samples, *weight.shape), dtype=dtype), scores.new_empty(())
     return torch.empty_like(weight, dtype=dtype), scores.new_empty(())
 
 
@@ -137,7 +159,7 @@ def _backward_implementation(
     dtype = weight.dtype if grad_w_eff is None else grad_w_eff.dtype
     grad_scores, grad_weight = _run_backward(
         _choose(weight, scores, kind, dtype, backend), grad_w_eff, grad_penalty, weight, scores, beta,
-        as_kind(kind, params), needs_scores, needs_weight,
+        as_kind(kind, params, key), needs_scores, needs_weight,
     )
     return (
         no_gradient(scores) if not needs_scores else torch.zeros_like(scores) if grad_scores is None else grad_scores,
@@ -219,8 +241,13 @@ def effective_weight_unchecked(
     """:func:`effective_weight` of checked arguments, on the backend of that name if given."""
     if is_transformed("effective_weight", backend):
         return plain_effective_weight(weight, scores, beta, kind, dtype)
+    key = None
+    if isinstance(kind, SampledKind):
+        if is_vmapped() or is_of_masks(weight, scores):
+            check_one_mask("effective_weight", kind)
+        weight, scores, key = weight.contiguous(), scores.contiguous(), kind.key
     if torch.compiler.is_compiling() or is_vmapped():
-        return _op(weight, scores, beta, kind.name, kind.params(), None, dtype, backend)
+        return _op(weight, scores, beta, kind.name, kind.params(), key, dtype, backend)
     return _EffectiveWeight.apply(weight, scores, beta, kind, dtype, backend)
 
 
@@ -229,7 +256,7 @@ def effective_weight_unchecked(
 
 def effective_weight(
     weight: Tensor, scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoid",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(w_eff, penalty)``: ``w_eff = (weight.float() * sigmoid(beta*scores)).to(dtype)`` and ``penalty = mask.sum()``.
 
@@ -243,12 +270,14 @@ def effective_weight(
             governs ``weight.size(d) / scores.size(d)`` neighbouring weights along dimension d. Or G masks over the one
             weight, ``[G, ...]``: it is then read once for all (torch.func.vmap over scores gives the same).
         beta: inverse temperature; a float (checked: finite and >= 0) or a 0-d tensor on the scores' device (not read).
-        kind: "sigmoid", "hard" (m = 1[s > 0]) or a MaskKind.
+        kind: "sigmoid", "hard" (m = 1[s > 0]), another kind's name or a MaskKind (masks.py lists them).
         dtype: of w_eff; weight's if None.
+        key: for a sampled kind, int64 [seed, step] on the scores' device, read there: equal keys draw equal masks.
 
     Returns:
         w_eff with weight's shape and strides, and penalty, 0-d in scores' dtype: the sum of m over *weights*; with
-        several masks ``[G, *weight.shape]`` and ``[G]``. Both are ordinary autograd outputs; gradients reach scores
+        several masks ``[G, *weight.shape]`` and ``[G]``; with a kind of several samples ``[samples, *weight.shape]`` and
+        0-d. Both are ordinary autograd outputs; gradients reach scores
         and, where it requires grad, weight.
 
     Raises:
@@ -266,6 +295,7 @@ def effective_weight(
     op = "effective_weight"
     checks.check_weight_and_scores(op, weight, scores)
     mask_kind = checks.check_kind(op, kind)
+    mask_kind = check_key(op, mask_kind, key, scores)
     beta = checks.beta_tensor(op, beta, scores)
     _check_dtype(op, dtype)
     return effective_weight_unchecked(weight, scores, beta, mask_kind, weight.dtype if dtype is None else dtype)
@@ -298,6 +328,8 @@ def effective_weights(
     _check_dtype(op, dtype)
     for weight, score in zip(weights, scores, strict=True):
         checks.check_weight_and_scores(op, weight, score)
+    if mask_kind.is_sampled:
+        raise NotImplementedError(f"{op}: kind {mask_kind.name!r} is sampled; call effective_weight for each weight")
     if not weights:
         return [], torch.zeros(())
     nums = {s.shape[0] if is_of_masks(w, s) else None for w, s in zip(weights, scores, strict=True)}

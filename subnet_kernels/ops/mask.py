@@ -11,10 +11,11 @@ from ..dispatch import choose_for
 from ..masks import MaskKind, as_kind
 from . import checks
 from .registry import register_op
+from .sampled import check_key
 
 
 def _implementation(scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None) -> Tensor:
-    return as_kind(kind, params).value(scores, beta)
+    return as_kind(kind, params, key).value(scores, beta)
 
 
 def _fake(scores, beta, kind, params, key):
@@ -24,7 +25,7 @@ def _fake(scores, beta, kind, params, key):
 def _backward_implementation(
     grad: Tensor, scores: Tensor, beta: Tensor, kind: str, params: list[float], key: Tensor | None
 ) -> Tensor:
-    return grad * as_kind(kind, params).slope(scores, beta)
+    return grad * as_kind(kind, params, key).slope(scores, beta)
 
 
 def _backward_fake(grad, scores, beta, kind, params, key):
@@ -60,7 +61,9 @@ _op = register_op(
 )
 
 
-def mask(scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoid") -> Tensor:
+def mask(
+    scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoid", key: Tensor | None = None
+) -> Tensor:
     """``sigmoid(beta * scores)``, or ``1[scores > 0]`` for kind "hard": the mask value of every score.
 
     The PyTorch line it equals: ``torch.sigmoid(beta * scores)``. A score of exactly 0 gives .5 while soft and is out
@@ -69,7 +72,9 @@ def mask(scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoi
     Args:
         scores: fp32 or fp64, any shape.
         beta: inverse temperature, a float (finite, >= 0) or a 0-d tensor on the scores' device.
-        kind: "sigmoid", "hard" or a MaskKind.
+        kind: "sigmoid", "hard", another kind's name or a MaskKind (masks.py lists them); of a sampled one its first
+            sample.
+        key: for a sampled kind, int64 [seed, step] on the scores' device.
 
     Returns:
         Tensor of scores' shape and dtype. Differentiable in scores for "sigmoid".
@@ -86,7 +91,7 @@ def mask(scores: Tensor, beta: Tensor | float, *, kind: str | MaskKind = "sigmoi
     checks.check_tensor(op, "scores", scores)
     if scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: scores must be torch.float32 or torch.float64, got {scores.dtype}")
-    mask_kind = checks.check_kind(op, kind)
+    mask_kind = check_key(op, checks.check_kind(op, kind), key, scores)
     beta = checks.beta_tensor(op, beta, scores)
     choose_for(op, scores, scores, mask_kind.name, scores.dtype)  # raises where the backend asked for can't run it
-    return _op(scores, beta, mask_kind.name, mask_kind.params(), None)
+    return _op(scores, beta, mask_kind.name, mask_kind.params(), getattr(mask_kind, "key", None))

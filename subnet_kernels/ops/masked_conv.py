@@ -12,7 +12,7 @@ from ..backends.base import Backend, ConvArgs, Needs, keeps_w_eff
 from ..backends.layout import with_strides_of
 from ..dispatch import choose_for
 from ..in_backward import use_of
-from ..masks import MaskKind, as_kind
+from ..masks import MaskKind, SampledKind, as_kind
 from . import checks
 from .checks import is_of_masks
 from .effective_weight import (
@@ -28,6 +28,7 @@ from .once import differentiable_once, plain_apply
 from .pending import Entry
 from .refresh import refresh_in_graph
 from .registry import register_op
+from .sampled import check_key, check_one_mask, check_plan_of_sampled, run_sampled
 
 IntOrPair = int | tuple[int, ...] | list[int]
 
@@ -136,6 +137,10 @@ def run_masked_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, args: ConvArgs, settings: Settings
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
+    if isinstance(settings.kind, SampledKind):
+        return run_sampled(
+            x, weight, scores, beta, bias, settings.kind, args, settings.backend, settings.wants_penalty
+        )
     if torch.compiler.is_compiling():
         kind, plan, backend, slot = settings[:4]
         kept = refresh_in_graph(slot if keeps_w_eff(plan) else None, weight, scores, beta, kind, x.dtype)
@@ -323,6 +328,7 @@ def masked_conv2d(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None,
     stride: IntOrPair = 1, padding: IntOrPair | str = 0, dilation: IntOrPair = 1, groups: int = 1, *,
     kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None, shared_input: bool = False,
+    key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(F.conv2d(x, weight * sigmoid(beta*scores), bias, stride, padding, dilation, groups), mask.sum())``.
 
@@ -331,7 +337,7 @@ def masked_conv2d(
         weight: [O, C/groups, KH, KW], contiguous or channels_last (read as it lies).
         scores: weight's shape or sizes that divide it ([O, 1, 1, 1]: one score per filter); fp32 (fp64 beside fp64).
             Or G masks, ``[G, ...]``, and x [G*B, C, H, W], as in masked_linear.
-        beta, bias, kind, plan, backend, shared_input: as in masked_linear; bias is [O].
+        beta, bias, kind, plan, backend, shared_input, key: as in masked_linear; bias is [O].
         stride, padding, dilation, groups: as in F.conv2d, padding "same" and "valid" included.
 
     Returns:
@@ -360,8 +366,11 @@ def masked_conv2d(
     if is_many:
         check_plan_of_masks(op, plan)
         check_batch_of_masks(op, x, scores.shape[0], shared_input, 4)
+        check_one_mask(op, mask_kind)
     else:
         check_shared_input(op, shared_input)
+        mask_kind = check_key(op, mask_kind, key, scores)
+        check_plan_of_sampled(op, mask_kind, plan)
     is_single = x.dim() == 3
     x, args = resolve_conv_args(x.unsqueeze(0) if is_single else x, weight, stride, padding, dilation, groups)
     check_fits(x, weight, args)

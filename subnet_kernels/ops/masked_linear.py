@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.base import Backend, Needs, as_matrix, keeps_w_eff, linear_of_masks
 from ..dispatch import choose_for
 from ..in_backward import use_of
-from ..masks import MaskKind, as_kind
+from ..masks import MaskKind, SampledKind, as_kind
 from ..slots import Slot
 from . import checks
 from .checks import is_of_masks
@@ -27,6 +27,7 @@ from .once import differentiable_once, plain_apply
 from .pending import PendingScoreGradients
 from .refresh import refresh_in_graph
 from .registry import register_op
+from .sampled import check_key, check_one_mask, check_plan_of_sampled, run_sampled
 
 
 class Settings(NamedTuple):
@@ -123,6 +124,10 @@ def run_masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, settings: Settings
 ) -> Any:
     """The op without checks: (out, penalty), or out alone where ``settings.wants_penalty`` is False."""
+    if isinstance(settings.kind, SampledKind):
+        return run_sampled(
+            x, weight, scores, beta, bias, settings.kind, None, settings.backend, settings.wants_penalty
+        )
     if torch.compiler.is_compiling():
         kind, plan, backend, slot = settings[:4]
         kept = refresh_in_graph(slot if keeps_w_eff(plan) else None, weight, scores, beta, kind, x.dtype)
@@ -290,6 +295,7 @@ def check_masked_linear(x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor 
 def masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor | float, bias: Tensor | None = None, *,
     kind: str | MaskKind = "sigmoid", plan: str | None = None, backend: str | None = None, shared_input: bool = False,
+    key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(x @ (weight * sigmoid(beta*scores)).T + bias, mask.sum())``.
 
@@ -304,13 +310,15 @@ def masked_linear(
             and mask g serves the g-th B of its first dimension.
         beta: inverse temperature; a float (finite, >= 0) or a 0-d tensor on the same device (its value is not read).
         bias: [N] or None.
-        kind: "sigmoid", "hard" or a MaskKind.
+        kind: "sigmoid", "hard", another kind's name or a MaskKind (masks.py lists them). With ``Gumbel(samples=4)`` and
+            the like, four masks are drawn, and mask g serves the g-th quarter of x's first dimension.
         plan: "cached" makes one effective weight, calls the vendor's matrix product and keeps it for the backward pass;
             "fused" computes the mask inside the products and keeps nothing of weight's size; "recompute" keeps nothing
             either, but a backend without such products makes an effective weight for each of them; None lets dispatch
             choose.
         backend: the name of one, or None: use_backend's, else the best that does not refuse.
         shared_input: with G masks: x is [B, ..., K], and all masks serve all of it.
+        key: for a sampled kind, int64 [seed, step] on the scores' device, read there: equal keys draw equal masks.
 
     Returns:
         out [..., N] in x's dtype (autocast's where it is on) and penalty, 0-d in scores' dtype: the sum of the mask
@@ -324,7 +332,8 @@ def masked_linear(
         NotImplementedError: several masks under plan "fused" or "recompute".
 
     Accuracy: the effective weight is rounded once, to the compute dtype; products accumulate in fp32.
-    Kept for backward: x, weight, scores and, with plan "cached", one effective weight.
+    Kept for backward: x, weight, scores and, with plan "cached", one effective weight; of a sampled kind no mask and no
+    effective weight, but two bytes per score.
     Source: Savarese et al. 2020 (arXiv 1912.04427).
 
     Example:
@@ -344,6 +353,9 @@ def masked_linear(
     if is_of_masks(weight, scores):
         check_plan_of_masks(op, plan)
         check_batch_of_masks(op, x, scores.shape[0], shared_input, 2)
+        check_one_mask(op, mask_kind)
         return _run_of_masks(x, weight, scores, beta, bias, mask_kind, backend, shared_input)
     check_shared_input(op, shared_input)
+    mask_kind = check_key(op, mask_kind, key, scores)
+    check_plan_of_sampled(op, mask_kind, plan)
     return run_masked_linear(x, weight, scores, beta, bias, Settings(mask_kind, plan, backend))
