@@ -70,7 +70,7 @@ class MaskKind:
     @property
     def hard(self) -> MaskKind:
         """The kind of the binary mask that is kept: Hard, 1[s > 0], unless a kind says otherwise."""
-        return Hard()
+        return HARD
 
     def soft_value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
         """How sure a mask is: its value, or, where that is sampled, the probability that it is not 0."""
@@ -121,6 +121,9 @@ class Hard(MaskKind):
         return torch.zeros_like(scores)
 
 
+HARD = Hard()
+
+
 @dataclass(frozen=True)
 class Threshold(MaskKind):
     """m = 1[s > at], trained straight through: dm/ds = 1. Piggyback's mask; its scores begin at 1e-2.
@@ -133,7 +136,7 @@ class Threshold(MaskKind):
     at: float = 5e-3
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.at):
+        if not -math.inf < self.at < math.inf:
             raise ValueError(f"kind threshold: at must be finite, got {self.at}")
 
     @property
@@ -204,7 +207,7 @@ def logistic_noise(draws: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch.log1p(-u) - torch.log(u)).to(dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampledKind(MaskKind):
     """A kind whose masks are drawn. ``samples`` masks serve a batch, each a part of it: mask g the g-th 1/samples.
 
@@ -257,7 +260,7 @@ class SampledKind(MaskKind):
 
 
 def _check_tau(name: str, tau: float) -> None:
-    if not (math.isfinite(tau) and tau > 0):
+    if not 0 < tau < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"kind {name}: tau, the temperature, must be finite and > 0, got {tau}")
 
 
@@ -327,7 +330,7 @@ class HardConcrete(SampledKind):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tau(self.name, self.tau)
-        if not (math.isfinite(self.gamma) and math.isfinite(self.zeta) and self.gamma < 0 and self.zeta > 1):
+        if not (-math.inf < self.gamma < 0 and 1 < self.zeta < math.inf):
             raise ValueError(
                 f"kind hard_concrete: needs gamma < 0 and zeta > 1, got {self.gamma} and {self.zeta}; else 0 or 1 is "
                 "never reached"
@@ -377,7 +380,9 @@ def as_kind(kind: str | MaskKind, params: list[float] | None = None, key: Tensor
         raise TypeError(f"kind must be a mask kind's name or a MaskKind, got {type(kind).__name__}")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
-    made = KINDS[kind](*params or ())
+    cls = KINDS[kind]
+    names = [each.name for each in fields(cls) if each.name != "key"]
+    made = cls(**dict(zip(names, params or ())))
     return made if key is None or not isinstance(made, SampledKind) else made.at(key)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subnet_kernels.backends.base import Backend, keeps_w_eff
 from subnet_kernels.capturing import FOREIGN, capture_number, memory_number
 from subnet_kernels.dispatch import choose_for
-from subnet_kernels.masks import MaskKind, as_kind, expand_scores
+from subnet_kernels.masks import MOST_SAMPLES, MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
 from subnet_kernels.optim import MaskAdamW
@@ -46,7 +46,7 @@ ScoreInit = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 def mask_model(
     model: nn.Module, targets: TargetsWithOptions | None = None, exclude: Targets = (), *,
     init: ScoreInit | None = None, score_init: float = -0.1, kind: str | MaskKind = "sigmoid", unit: Unit = "weight",
-    fused: bool = True, keep_effective_weights: bool = True,
+    fused: bool = True, keep_effective_weights: bool = True, seed: int = 0,
 ) -> MaskSet:
     """Put a mask over ``model``'s weights, in place, freeze everything but the scores, and return the MaskSet.
 
@@ -65,7 +65,7 @@ def mask_model(
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.
-        kind: "sigmoid" or a MaskKind.  unit: "weight", "row", "column", "head:H", or block sizes.
+        kind: "sigmoid", or another kind of subnet_kernels.masks by name or as a MaskKind (``Gumbel(samples=4)``).  unit: "weight", "row", "column", "head:H", or block sizes.
         fused: nn.Linear, nn.Conv2d and Conv1D mask within their forward pass, which is fastest. Code that reads
             ``layer.weight`` itself would get the base weight there (:meth:`MaskSet.audit` finds out). False: as for all
             other parameters, whoever reads it gets the masked weight. The output head, and layers whose weight the
@@ -74,6 +74,7 @@ def mask_model(
         keep_effective_weights: each layer keeps one effective weight, which all passes between two optimizer steps
             share. False, where memory matters more, keeps nothing of a weight's size: the Triton backend makes the mask
             inside its products, others make an effective weight for each product (plan "recompute").
+        seed: of sampled kinds; equal seeds draw equal masks. Each optimizer step draws anew (see MaskSet.step).
 
     Returns:
         The MaskSet of the model; ``masks_of(model)`` gives it again at any time.
@@ -103,7 +104,7 @@ def mask_model(
     check_not_wrapped(model)
     found = find_targets(model, targets, exclude, fused)
     _check_init(init, list(found))
-    state = new_state(_device_of(next(iter(found.values()))))
+    state = new_state(_device_of(next(iter(found.values()))), seed)
     state.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     converted: list[MaskedLayer] = []
     settings = {"kind": kind, "unit": unit, "score_init": score_init}
@@ -118,7 +119,7 @@ def mask_model(
         parameter.requires_grad_(False)
     for layer in converted:
         layer.scores.requires_grad_(True)
-        layer.plan = None if keep_effective_weights else "recompute"
+        layer.plan = None if keep_effective_weights and not layer.kind.is_sampled else "recompute"
     return masks_of(model)
 
 
@@ -194,8 +195,8 @@ def masks_of(model: nn.Module) -> MaskSet:
                 f"masks_of: the masked layers disagree: beta {float(first.beta)} and {float(other.beta)}, hard "
                 f"{first.is_hard} and {other.is_hard}; set them alike first"
             )
-    for layer in layers.values():
-        layer._state = first
+    for i, layer in enumerate(layers.values()):
+        layer._state, layer._first_sample = first, i * MOST_SAMPLES
         layer._bind_scores()
     masks = MaskSet(model, layers, first)
     take_up_shards(masks)
@@ -254,8 +255,9 @@ class MaskSet:
         self._write_beta(start)
 
     def step(self) -> None:
-        """Advance the schedule by one optimizer step. Without one: nothing."""
+        """Advance the schedule, if there is one, by one optimizer step; sampled kinds draw anew from then on."""
         check_taken_up(self)
+        self._state.key[1] += 1
         schedule = self._state.schedule
         if schedule is None:
             return
@@ -391,10 +393,9 @@ class MaskSet:
         return {layer.scores_name(name): layer.scores for name, layer in self.layers.items()}
 
     def kept(self) -> dict[str, Tensor]:
-        """Name of the base weight -> bool tensor of its shape: {s > 0}."""
+        """Name of the base weight -> bool tensor of its shape: {s > 0}, unless the kind says otherwise."""
         return {
-            name: expand_scores(whole(layer.scores.detach()) > 0, tuple(layer.weight.shape))
-            for name, layer in self.layers.items()
+            name: expand_scores(layer.kept(), tuple(layer.weight.shape)) for name, layer in self.layers.items()
         }
 
     @overload
@@ -402,21 +403,22 @@ class MaskSet:
     @overload
     def density(self, per_layer: Literal[True]) -> dict[str, float]: ...
     def density(self, per_layer: bool = False) -> float | dict[str, float]:
-        """The fraction of masked weights with s > 0; per layer, by the base weight's name, if asked."""
-        kept = {n: int((whole(la.scores.detach()) > 0).sum()) * la.weights_per_score for n, la in self.layers.items()}
+        """The fraction of masked weights that are kept (s > 0); per layer, by the base weight's name, if asked."""
+        kept = {name: int(layer.kept().sum()) * layer.weights_per_score for name, layer in self.layers.items()}
         sizes = {name: layer.weight.numel() for name, layer in self.layers.items()}
         if per_layer:
             return {name: kept[name] / max(sizes[name], 1) for name in kept}
         return sum(kept.values()) / max(sum(sizes.values()), 1)
 
     def undecided(self, margin: float = 0.01) -> float:
-        """The fraction of masked weights whose soft mask lies strictly between margin and 1 - margin."""
+        """The fraction of masked weights whose soft mask (of a sampled kind, the probability to be kept) lies strictly
+        between margin and 1 - margin."""
         if not 0 <= margin < 0.5:
             raise ValueError(f"MaskSet.undecided: margin must be in [0, .5), got {margin}")
         count = total = 0
         with torch.no_grad():
             for layer in self.layers.values():
-                m = layer.kind.value(whole(layer.scores), self._state.beta)
+                m = layer.kind.soft_value(whole(layer.scores), self._state.beta)
                 count += int(((m > margin) & (m < 1 - margin)).sum()) * layer.weights_per_score
                 total += layer.weight.numel()
         return count / max(total, 1)
@@ -583,25 +585,29 @@ class MaskSet:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """beta, hard/soft and the schedule, as plain values (scores are in the model's own state_dict)."""
+        """beta, hard/soft, the schedule and the key of sampled kinds, as plain values (scores are in the model's own
+        state_dict)."""
         schedule = self._state.schedule
         return {
             "beta": self.beta,
             "is_hard": self.is_hard,
             "schedule": None if schedule is None else schedule.values(),
+            "key": self._state.key.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: a key is missing or beta is not finite and >= 0; nothing is changed then.
+            ValueError: an entry is missing (but "key") or beta is not finite and >= 0; nothing is changed then.
         """
         if missing := {"beta", "is_hard", "schedule"} - set(state):
             raise ValueError(f"MaskSet.load_state_dict: misses {sorted(missing)}")
         beta = check_beta_value("MaskSet.load_state_dict", float(state["beta"]))
         schedule = None if state["schedule"] is None else _read_schedule(state["schedule"], self._state.beta.device)
+        seed, step = state.get("key", (0, 0))
         self._state.is_hard = bool(state["is_hard"])
+        self._state.key.copy_(torch.tensor([int(seed), int(step)]))
         now = self._state.schedule
         if schedule is not None and now is not None:
             before, count = now.count, schedule.count

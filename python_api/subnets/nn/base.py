@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from subnet_kernels.backends.base import keeps_w_eff
 from subnet_kernels.in_backward import SpentGradient
 from subnet_kernels.masks import (
-    Hard,
     MaskKind,
+    SampledKind,
     as_kind,
     expand_scores,
     weights_per_score,
@@ -24,10 +24,9 @@ from subnet_kernels.masks import (
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.pending import PendingScoreGradients
 from subnet_kernels.optim import Masked, bind_scores
-from subnet_kernels.shards import is_sharded, shard_of
+from subnet_kernels.shards import is_sharded, shard_of, whole
 from subnet_kernels.slots import Slot
 
-HARD = Hard()
 Unit = str | tuple[int, ...]
 
 
@@ -71,10 +70,11 @@ class Schedule:
 
 @dataclass
 class MaskState:
-    """What the masked layers of one model share. beta is a plain 0-d tensor that keeps its identity: every layer, slot
-    and optimizer sees a change at once."""
+    """What the masked layers of one model share. beta and key are plain tensors that keep their identity: every layer,
+    slot and optimizer sees a change at once."""
 
     beta: Tensor
+    key: Tensor  # int64 [seed, step], from which sampled kinds draw
     is_hard: bool = False
     is_disabled: bool = False
     schedule: Schedule | None = None
@@ -85,7 +85,8 @@ class MaskState:
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskState:
         schedule = None if self.schedule is None else self.schedule.copy()
         # not disabled: the copy is in no block that would end it
-        copy = MaskState(self.beta.detach().clone(), self.is_hard, False, schedule, None, dict(self.requires_grad))
+        beta, key = self.beta.detach().clone(), self.key.clone()
+        copy = MaskState(beta, key, self.is_hard, False, schedule, None, dict(self.requires_grad))
         memo[id(self)] = copy
         return copy
 
@@ -93,9 +94,11 @@ class MaskState:
         return {**vars(self), "penalties": None, "is_disabled": False, "pending": PendingScoreGradients()}
 
 
-def new_state(device: torch.device | str | None = None) -> MaskState:
+def new_state(device: torch.device | str | None = None, seed: int = 0) -> MaskState:
     is_meta = device is not None and torch.device(device).type == "meta"  # beta always has a value
-    return MaskState(torch.ones((), dtype=torch.float32, device="cpu" if is_meta else device))
+    device = "cpu" if is_meta else device
+    beta = torch.ones((), dtype=torch.float32, device=device)
+    return MaskState(beta, torch.tensor([seed, 0], dtype=torch.int64, device=device))
 
 
 def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
@@ -172,6 +175,7 @@ class MaskedLayer(nn.Module):
     plan: str | None
     _state: MaskState
     _slot: Slot
+    _first_sample = 0  # by which the draws of a model's layers are told apart
     _given: tuple[Tensor, Tensor] | None = None  # (effective weight, penalty) that forward uses: see serve()
 
     def weight_name(self, module_name: str) -> str:
@@ -191,7 +195,8 @@ class MaskedLayer(nn.Module):
     ) -> None:
         """Turn an ordinary layer's attributes into a masked layer's: add scores, state and slot."""
         where = type(self).__name__
-        self.kind, self.unit, self.plan = as_kind(kind), unit, None
+        self.kind, self.unit = as_kind(kind), unit
+        self.plan = "recompute" if self.kind.is_sampled else None  # the next pass of another step draws anew
         weight = self.weight
         shape = self._scores_shape(unit, where)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -247,11 +252,20 @@ class MaskedLayer(nn.Module):
 
     @property
     def current_kind(self) -> MaskKind:
-        """The mask in force: "hard" after harden() or inside hard(), else the layer's own kind."""
-        return HARD if self._state.is_hard else self.kind
+        """The mask in force: the binary one after harden() or inside hard(), else the layer's own kind."""
+        kind = self.kind
+        if self._state.is_hard:
+            return kind.hard
+        return kind.at(self._state.key, self._first_sample) if isinstance(kind, SampledKind) else kind
+
+    def kept(self) -> Tensor:
+        """The binary mask that is kept, bool, one value per score: {s > 0}, unless the kind says otherwise."""
+        scores = whole(self.scores.detach())
+        return self.kind.hard.value(scores, self._state.beta) > 0
 
     def mask(self) -> Tensor:
-        """The mask in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype)."""
+        """The mask in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype); the
+        first of sampled ones."""
         with torch.no_grad():
             return expand_scores(self.current_kind.value(self.scores, self.beta), tuple(self.weight.shape))
 
@@ -341,11 +355,12 @@ class MaskedLayer(nn.Module):
         return self
 
     def _move_beta(self, device: torch.device) -> None:
-        """beta, in place, and a count of steps beside it. It always has a value, so that it never goes to meta."""
+        """beta, in place, and key and a count of steps beside it. They always have a value, so they never go to meta."""
         state = self._state
         if state.beta.device == device or device.type == "meta":
             return
         state.beta.data = state.beta.data.to(device)
+        state.key.data = state.key.data.to(device)
         if state.schedule is not None and state.schedule.is_on_device:
             state.schedule.to_device(device)
 

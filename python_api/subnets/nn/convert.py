@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from subnet_kernels.masks import MaskKind, expand_scores
 
-from .base import HARD, MaskedLayer, MaskState, Unit, check_can_mask
+from .base import MaskedLayer, MaskState, Unit, check_can_mask
 
 Masked = TypeVar("Masked", bound=MaskedLayer)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -82,7 +82,7 @@ def from_layer(cls: type[Masked], layer: nn.Module, **kwargs: Any) -> Masked:
 
 def to_layer(layer: MaskedLayer, hard: bool) -> Any:
     """A new ordinary layer with the masked weight, on the same device and with the same flags."""
-    kind = HARD if hard else layer.kind
+    kind = layer.kind.hard if hard else layer.current_kind
     with torch.no_grad():
         m = expand_scores(kind.value(layer.scores, layer.beta), tuple(layer.weight.shape))
         masked = (layer.weight.to(m.dtype) * m).to(layer.weight.dtype)

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from subnet_kernels.backends.base import keeps_w_eff
 from subnet_kernels.dispatch import choose_for
-from subnet_kernels.masks import MaskKind
+from subnet_kernels.masks import MaskKind, SampledKind
 from subnet_kernels.ops.checks import check_weight_and_scores
 from subnet_kernels.ops.effective_weight import effective_weight_unchecked, is_transformed, is_vmapped
 from subnet_kernels.shards import is_sharded
@@ -56,6 +56,11 @@ class MaskedParameter(MaskedLayer):
         self.__dict__["owner"] = owner  # not as a submodule: the owner holds this one
         self.parameter = parameter
         self._add_mask(kind, score_init, unit, state)
+        if isinstance(self.kind, SampledKind) and self.kind.samples > 1:
+            raise ValueError(
+                f"{type(owner).__name__}.{parameter}: kind {self.kind.name!r} draws {self.kind.samples} samples for a "
+                "batch, and a parameter that is masked where it is read has one value for all of it; use samples=1"
+            )
 
     @property
     def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
