@@ -681,6 +681,96 @@ void random_bits(const Tensor& seed, const Tensor& offset, int64_t first_sample,
   split(num_groups, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.random_bits(params, begin, end); });
 }
 
+// ---- sampled and packed masks
+
+void keep_thresholds(const Tensor& scores, const Tensor& beta, const Tensor& out) {
+  const char* op = "keep_thresholds";
+  subnet::KeepThresholds params{};
+  params.scores = reinterpret_cast<const float*>(view_of_float32(op, "scores", scores, cpu()).data);
+  check_like(op, "scores", scores, out);
+  check_like(op, "out", out, scores);
+  params.thresholds = uint16_of(op, "out", out);
+  params.num = scores.numel();
+  params.beta = *scalar_of(op, "beta", beta, cpu());
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(params.num, kGrain, [&](int64_t begin, int64_t end) { kernels.keep_thresholds(params, begin, end); });
+}
+
+void sampled_weight(const Tensor& weight, const Tensor& thresholds, const Tensor& key, int64_t sample,
+                    const Tensor& out) {
+  const char* op = "sampled_weight";
+  subnet::SampledWeight params{};
+  const View from = view_of(op, "weight", weight, cpu()), to = view_of(op, "out", out, cpu());
+  check_like(op, "weight", weight, weight);
+  check_like(op, "thresholds", thresholds, weight);
+  check_like(op, "out", out, weight);
+  check_disjoint(op, to, from);
+  params.weight = from.data, params.weight_dtype = from.dtype;
+  params.out = to.data, params.out_dtype = to.dtype;
+  params.thresholds = uint16_of(op, "thresholds", thresholds);
+  params.key = key_of(op, key), params.sample = first_sample_of(op, sample);
+  set_rows(weight, &params.rows, &params.columns);
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(params.rows * ceil_div(params.columns, 8), kGrain / 8,
+        [&](int64_t begin, int64_t end) { kernels.sampled_weight(params, begin, end); });
+}
+
+// By draw: -logit((draw + 1/2) / 2^16).
+const float* logistic_noise() {
+  static const std::vector<float> table = [] {
+    std::vector<float> made(65536);
+    for (int draw = 0; draw < 65536; ++draw) {
+      const double u = (draw + 0.5) / 65536;
+      made[draw] = (float)(std::log1p(-u) - std::log(u));
+    }
+    return made;
+  }();
+  return table.data();
+}
+
+void sampled_grad_scores(const Tensor& grad_w_eff, const Tensor& weight, const Tensor& scores, const Tensor& beta,
+                         const Tensor& key, int64_t sample, double tau, bool is_noisy, const Tensor& grad_scores) {
+  const char* op = "sampled_grad_scores";
+  subnet::SampledGradScores params{};
+  const View grad = view_of(op, "grad_w_eff", grad_w_eff, cpu()), from = view_of(op, "weight", weight, cpu());
+  const View to = view_of_float32(op, "grad_scores", grad_scores, cpu());
+  const View of_scores = view_of_float32(op, "scores", scores, cpu());
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"grad_w_eff", grad_w_eff},
+                                     {"weight", weight}, {"scores", scores}, {"grad_scores", grad_scores}}) {
+    check_like(op, name, tensor, weight);
+  }
+  for (const View& read : {grad, from, of_scores}) check_disjoint(op, to, read);
+  STD_TORCH_CHECK(tau > 0, op, ": tau must be > 0, got ", tau);
+  params.grad_w_eff = grad.data, params.grad_w_eff_dtype = grad.dtype;
+  params.weight = from.data, params.weight_dtype = from.dtype;
+  params.scores = reinterpret_cast<const float*>(of_scores.data);
+  params.grad_scores = reinterpret_cast<float*>(to.data);
+  params.noise = is_noisy ? logistic_noise() : nullptr;
+  params.key = key_of(op, key), params.sample = first_sample_of(op, sample);
+  params.beta = *scalar_of(op, "beta", beta, cpu()), params.tau = (float)tau;
+  set_rows(weight, &params.rows, &params.columns);
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(params.rows * ceil_div(params.columns, 8), kGrain / 8,
+        [&](int64_t begin, int64_t end) { kernels.sampled_grad_scores(params, begin, end); });
+}
+
+void packed_weight(const Tensor& weight, const Tensor& packed, const Tensor& out) {
+  const char* op = "packed_weight";
+  subnet::PackedWeight params{};
+  const View from = view_of(op, "weight", weight, cpu()), to = view_of(op, "out", out, cpu());
+  check_like(op, "weight", weight, weight);
+  check_like(op, "out", out, weight);
+  check_disjoint(op, to, from);
+  params.weight = from.data, params.weight_dtype = from.dtype;
+  params.out = to.data, params.out_dtype = to.dtype;
+  params.num = weight.numel();
+  params.packed = packed_bytes_of(op, packed, params.num);
+  const subnet::CpuKernels& kernels = subnet::cpu_kernels();
+  split(ceil_div(params.num, 16), kGrain / 16, [&](int64_t begin, int64_t end) {  // in pairs of bytes
+    kernels.packed_weight(params, 2 * begin, std::min(2 * end, ceil_div(params.num, 8)));
+  });
+}
+
 // ---- pack_mask
 
 Tensor pack_mask(const Tensor& mask) {
@@ -746,6 +836,11 @@ STABLE_TORCH_LIBRARY(subnet_native, m) {
         " Tensor(c!) exp_avg_sq, Tensor weight, Tensor(d!) w_eff, Tensor(e!) penalty, float step, Tensor beta,"
         " Tensor next_beta, float lr, float beta1, float beta2, float eps, float weight_decay, float lam) -> ()");
   m.def("random_bits(Tensor seed, Tensor offset, int first_sample, Tensor(a!) out) -> ()");
+  m.def("keep_thresholds(Tensor scores, Tensor beta, Tensor(a!) out) -> ()");
+  m.def("sampled_weight(Tensor weight, Tensor thresholds, Tensor key, int sample, Tensor(a!) out) -> ()");
+  m.def("sampled_grad_scores(Tensor grad_w_eff, Tensor weight, Tensor scores, Tensor beta, Tensor key, int sample,"
+        " float tau, bool is_noisy, Tensor(a!) grad_scores) -> ()");
+  m.def("packed_weight(Tensor weight, Tensor packed, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
   m.def("fused_linear_rows() -> int");
@@ -765,6 +860,10 @@ STABLE_TORCH_LIBRARY_IMPL(subnet_native, CPU, m) {
   m.impl("mask_adamw", TORCH_BOX(&mask_adamw));
   m.impl("linear_step", TORCH_BOX(&linear_step));
   m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("keep_thresholds", TORCH_BOX(&keep_thresholds));
+  m.impl("sampled_weight", TORCH_BOX(&sampled_weight));
+  m.impl("sampled_grad_scores", TORCH_BOX(&sampled_grad_scores));
+  m.impl("packed_weight", TORCH_BOX(&packed_weight));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

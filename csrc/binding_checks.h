@@ -225,6 +225,35 @@ inline uint16_t* draws_of(const char* op, const Tensor& out, int64_t* num_groups
   return static_cast<uint16_t*>(out.data_ptr());
 }
 
+// A contiguous tensor of `shape`'s sizes.
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& shape) {
+  bool is_same = tensor.dim() == shape.dim() && tensor.is_contiguous();
+  for (int64_t d = 0; is_same && d < tensor.dim(); ++d) is_same = tensor.size(d) == shape.size(d);
+  STD_TORCH_CHECK(is_same, op, ": ", name, " must be contiguous and of weight's shape");
+}
+
+inline uint16_t* uint16_of(const char* op, const char* name, const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_uint16(), op, ": ", name, " must be uint16");
+  return static_cast<uint16_t*>(tensor.data_ptr());
+}
+
+// [seed, step]
+inline const int64_t* key_of(const char* op, const Tensor& key) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(key.get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && key.dim() == 1 && key.numel() == 2 && key.is_contiguous(), op,
+                  ": key must be int64 [seed, step]");
+  return static_cast<const int64_t*>(key.data_ptr());
+}
+
+// How masks of this shape are drawn: the first dimension is the row, the others together the column.
+inline void set_rows(const Tensor& weight, int64_t* rows, int64_t* columns) {
+  *rows = weight.dim() > 1 ? weight.size(0) : 1;
+  *columns = *rows == 0 ? 0 : weight.numel() / *rows;
+}
+
 // The bytes of a packed mask of `num` elements.
 inline uint8_t* packed_bytes_of(const char* op, const Tensor& packed, int64_t num) {
   uint8_t* bytes = bytes_of(op, "packed", packed, aoti_torch_dtype_uint8(), "uint8");

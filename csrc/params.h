@@ -128,6 +128,48 @@ struct RandomBits {
   uint32_t first_sample;                   // number of the first, where one seed serves all
 };
 
+// thresholds = ceil(2^16 * sigmoid(beta * scores) - 1/2), within 16 bits.
+struct KeepThresholds {
+  const float* scores;                     // [num]
+  uint16_t* thresholds;                    // [num]
+  int64_t num;
+  float beta;
+};
+
+// out = weight where draw < threshold, else 0; draws of one sample, key = [seed, step].
+struct SampledWeight {
+  const void* weight;                      // [rows, columns], weight_dtype
+  const uint16_t* thresholds;              // [rows, columns]
+  void* out;                               // [rows, columns], out_dtype
+  const int64_t* key;
+  int64_t rows, columns;
+  uint32_t sample;
+  Dtype weight_dtype, out_dtype;
+};
+
+// grad_scores += grad_w_eff * weight * beta/tau * y(1-y), y = sigmoid((beta*scores + noise[draw]) / tau).
+struct SampledGradScores {
+  const void* grad_w_eff;                  // [rows, columns], grad_w_eff_dtype
+  const void* weight;                      // [rows, columns], weight_dtype
+  const float* scores;                     // [rows, columns]
+  float* grad_scores;                      // [rows, columns]
+  const float* noise;                      // [65536], of each draw; null: none
+  const int64_t* key;
+  int64_t rows, columns;
+  uint32_t sample;
+  float beta, tau;
+  Dtype grad_w_eff_dtype, weight_dtype;
+};
+
+// out = weight where its bit is set, else 0.
+struct PackedWeight {
+  const void* weight;                      // [num], weight_dtype
+  const uint8_t* packed;                   // [ceil(num/8)]
+  void* out;                               // [num], out_dtype
+  int64_t num;
+  Dtype weight_dtype, out_dtype;
+};
+
 // packed bit i%8 of byte i//8 = mask[i] != 0; padding bits are zero.
 struct PackMask {
   const uint8_t* mask;                     // [num] bytes, 0 or not 0

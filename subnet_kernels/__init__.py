@@ -7,19 +7,25 @@ of the mask and its gradient as by-products. The layers, loops and files built o
 from . import optim
 from .dispatch import BackendRefused, use_backend
 from .explain import explain
-from .masks import MaskKind
+from .masks import Bernoulli, Gumbel, HardConcrete, MaskKind, Threshold, TopK
 from .ops.effective_weight import effective_weight, effective_weights
 from .ops.mask import mask
 from .ops.masked_conv import masked_conv2d
 from .ops.masked_linear import masked_linear
+from .ops.packed import packed_linear
 from .packing import pack_mask, unpack_mask
 from .random import random_bits
 from .slots import Slot
 
 __all__ = [
     "BackendRefused",
+    "Bernoulli",
+    "Gumbel",
+    "HardConcrete",
     "MaskKind",
     "Slot",
+    "Threshold",
+    "TopK",
     "effective_weight",
     "effective_weights",
     "explain",
@@ -28,6 +34,7 @@ __all__ = [
     "masked_linear",
     "optim",
     "pack_mask",
+    "packed_linear",
     "random_bits",
     "unpack_mask",
     "use_backend",

@@ -61,6 +61,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         checked = describe(call._replace(op="effective_weight"), kwargs.get("backend"))
         product = "; then the vendor's product for all of them" if "x" in given else ""
         return f"{checked}\n  note: one pass for all {num_masks} masks over the weight{product}{note}"
+    if kind.is_sampled:
+        drawn = describe(call._replace(op="sampled_weight", plan=None), kwargs.get("backend"))
+        return drawn + "\n  note: a mask is drawn again for each product; nothing of its size is kept"
     x, plan = given.get("x"), kwargs.get("plan")
     plan_of = None if x is None else lambda backend: backend.plan_of(op, x, weight, scores, plan)
     return describe(call, kwargs.get("backend"), plan_of) + note

@@ -18,17 +18,17 @@ threshold      1[s > at]                1                               m       
 The kinds with a ``draw`` are sampled: 16 random bits for each score, as random.py makes them from a key and the score's
 place, so that a backward pass can make a mask again. With ``u = (draw + 1/2) / 2^16`` and ``n = -logit(u)``, which is
 logistic noise: ``y = sigmoid((z + n) / tau)``, ``p = sigmoid(z)``, ``c = y * (zeta - gamma) + gamma``, and
-``threshold(z) = ceil(2^16 * p - 1/2)``, so that ``draw < threshold`` says ``u < p``, ``y > 1/2`` and ``z + n > 0`` alike.
-Their slope is that of a surrogate, taken straight through the decision.
+``threshold(z) = ceil(2^16 * p - 1/2)``: ``draw < threshold`` says ``u < p``, ``y > 1/2`` and ``z + n > 0`` alike. Their
+slope is that of a surrogate, taken straight through the decision.
 
 Every kernel, in any language, is a translation of this page and is tested against it in fp64. ``1 - m`` is always
 ``sigmoid(-z)``: the subtraction would lose all digits where the mask is nearly one. A sigmoid below 2^-100, of z or of
 -z, is 0: kept, it would make subnormal weights and gradients, which CPUs multiply a hundred times slower.
 
-Sources: sigmoid: continuous sparsification (Savarese, Silva, Maire, NeurIPS 2020, arXiv 1912.04427); gumbel: Csordas, van
-Steenkiste, Schmidhuber (ICLR 2021, arXiv 2010.02066); bernoulli: supermasks (Zhou, Lan, Liu, Yosinski, NeurIPS 2019);
-hard_concrete: Louizos, Welling, Kingma (ICLR 2018); topk: edge-popup (Ramanujan et al., CVPR 2020); threshold: Piggyback
-(Mallya, Davis, Lazebnik, ECCV 2018).
+Sources: sigmoid: continuous sparsification (Savarese, Silva, Maire, NeurIPS 2020, arXiv 1912.04427); gumbel: Csordas,
+van Steenkiste, Schmidhuber (ICLR 2021, arXiv 2010.02066); bernoulli: supermasks (Zhou, Lan, Liu, Yosinski, NeurIPS
+2019); hard_concrete: Louizos, Welling, Kingma (ICLR 2018); topk: edge-popup (Ramanujan et al., CVPR 2020); threshold:
+Piggyback (Mallya, Davis, Lazebnik, ECCV 2018).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class TopK(MaskKind):
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
-            raise ValueError(f"kind topk: kept, the fraction of the weights that stay, must be in (0, 1], got {self.kept}")
+            raise ValueError(f"kind topk: kept, the fraction of weights that stay, must be in (0, 1], got {self.kept}")
 
     @property
     def hard(self) -> MaskKind:
@@ -314,9 +314,9 @@ class Bernoulli(SampledKind):
 
 @dataclass(frozen=True)
 class HardConcrete(SampledKind):
-    """m = clip(y * (zeta - gamma) + gamma, 0, 1) with y = sigmoid((z + n)/tau): 0 and 1 have a probability of their own.
-    The penalty is P(m != 0) = sigmoid(z - tau * ln(-gamma/zeta)), the expected L0 norm. What is kept is z > 0, where the
-    mask without noise is above 1/2. Louizos's gates.
+    """m = clip(y * (zeta - gamma) + gamma, 0, 1) with y = sigmoid((z + n)/tau): 0 and 1 have probabilities of their
+    own. The penalty is P(m != 0) = sigmoid(z - tau * ln(-gamma/zeta)), the expected L0 norm. What is kept is z > 0,
+    where the mask without noise is above 1/2. Louizos's gates.
 
     Raises:
         ValueError: tau is not finite and > 0; gamma is not below 0 or zeta not above 1.
@@ -362,7 +362,7 @@ class HardConcrete(SampledKind):
         return beta * (_sigmoid(z) * _sigmoid(-z))
 
     def mean_value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
-        """The mask without noise, which the authors use at test time: clip(sigmoid(z) * (zeta - gamma) + gamma, 0, 1)."""
+        """The mask without noise, the authors' at test time: clip(sigmoid(z) * (zeta - gamma) + gamma, 0, 1)."""
         return self._stretched(_sigmoid(beta * scores)).clamp(0, 1)
 
 

@@ -13,8 +13,9 @@ namespace {
         capability::effective_weight_rows, capability::grad_scores_flat, capability::grad_scores_reduce,             \
         capability::grad_scores_finish, capability::masked_linear_pack, capability::masked_linear,                   \
         capability::linear_grad_scores_pack, capability::linear_grad_scores, capability::linear_step,                \
-        capability::add_penalty_grad, capability::mask_adamw, capability::random_bits, capability::pack_mask,        \
-        capability::unpack_mask                                                                                      \
+        capability::add_penalty_grad, capability::mask_adamw, capability::random_bits, capability::keep_thresholds,  \
+        capability::sampled_weight, capability::sampled_grad_scores, capability::packed_weight,                      \
+        capability::pack_mask, capability::unpack_mask                                                               \
   }
 
 // Best first.

@@ -33,7 +33,13 @@ struct CpuKernels {
   void (*mask_adamw)(const MaskAdamW&, int64_t chunk_begin, int64_t chunk_end);
   // Groups [begin, end) of eight columns, over all rows of all samples.
   void (*random_bits)(const RandomBits&, int64_t group_begin, int64_t group_end);
+  // Elements [begin, end).
+  void (*keep_thresholds)(const KeepThresholds&, int64_t begin, int64_t end);
+  // Groups [begin, end) of eight columns, over all rows.
+  void (*sampled_weight)(const SampledWeight&, int64_t group_begin, int64_t group_end);
+  void (*sampled_grad_scores)(const SampledGradScores&, int64_t group_begin, int64_t group_end);
   // Bytes [begin, end) of the packed mask.
+  void (*packed_weight)(const PackedWeight&, int64_t begin, int64_t end);
   void (*pack_mask)(const PackMask&, int64_t begin, int64_t end);
   void (*unpack_mask)(const UnpackMask&, int64_t begin, int64_t end);
 };
@@ -54,6 +60,10 @@ struct CpuKernels {
   void add_penalty_grad(const AddPenaltyGrad&, int64_t, int64_t);                   \
   void mask_adamw(const MaskAdamW&, int64_t, int64_t);                              \
   void random_bits(const RandomBits&, int64_t, int64_t);                            \
+  void keep_thresholds(const KeepThresholds&, int64_t, int64_t);                    \
+  void sampled_weight(const SampledWeight&, int64_t, int64_t);                      \
+  void sampled_grad_scores(const SampledGradScores&, int64_t, int64_t);             \
+  void packed_weight(const PackedWeight&, int64_t, int64_t);                        \
   void pack_mask(const PackMask&, int64_t, int64_t);                                \
   void unpack_mask(const UnpackMask&, int64_t, int64_t);                            \
   }

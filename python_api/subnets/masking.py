@@ -65,7 +65,8 @@ def mask_model(
         init: initial scores by parameter name ("0.weight"): a mapping, or a function (name, weight) -> scores; where it
             has nothing (or is None), score_init holds.
         score_init: the initial score, finite. The default -0.1 is the paper's.
-        kind: "sigmoid", or another kind of subnet_kernels.masks by name or as a MaskKind (``Gumbel(samples=4)``).  unit: "weight", "row", "column", "head:H", or block sizes.
+        kind: "sigmoid", or another kind of subnet_kernels.masks by name or as a MaskKind (``Gumbel(samples=4)``).
+        unit: "weight", "row", "column", "head:H", or block sizes.
         fused: nn.Linear, nn.Conv2d and Conv1D mask within their forward pass, which is fastest. Code that reads
             ``layer.weight`` itself would get the base weight there (:meth:`MaskSet.audit` finds out). False: as for all
             other parameters, whoever reads it gets the masked weight. The output head, and layers whose weight the

@@ -19,6 +19,7 @@ from ..masks import MaskKind, SampledKind, expand_scores, sum_to_scores
 from .layout import empty_of_masks
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
+DRAWN_KINDS = ("gumbel", "bernoulli")  # which they draw by comparing with thresholds
 KIND_CODES = {"sigmoid": 0, "hard": 1}  # how their kernels name the mask kinds that they have
 PLANS = (None, "cached", "fused", "recompute")
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import MaskKind
+from ..masks import Gumbel, MaskKind, SampledKind
 from . import small_conv
 from .base import (
+    DRAWN_KINDS,
     KERNEL_DTYPES,
     KIND_CODES,
     AdamW,
@@ -98,6 +99,10 @@ class ExtensionBackend(Backend):
             return f"weight is on {call.device}"
         if call.weight_dtype not in KERNEL_DTYPES or call.compute_dtype not in KERNEL_DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
+        if call.op == "sampled_weight":
+            if call.kind not in DRAWN_KINDS:
+                return f"kind {call.kind!r} is not drawn here ({', '.join(DRAWN_KINDS)} are)"
+            return None if call.is_same_shape else "sampled masks of units are not built here (one score per weight is)"
         if call.kind not in KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 or call.num_dims < 1:
@@ -208,6 +213,26 @@ class ExtensionBackend(Backend):
         return [
             m if s.stride() == m.stride() else torch.empty_like(s).copy_(m) for m, s in zip(made, scores, strict=True)
         ]
+
+
+    def keep_thresholds(self, scores: Tensor, beta: Tensor, kind: SampledKind) -> Tensor | None:
+        thresholds = torch.empty(scores.shape, dtype=torch.uint16, device=scores.device)
+        self.ops.keep_thresholds.default(scores, beta, thresholds)
+        return thresholds
+
+    def sampled_weight(
+        self, weight: Tensor, scores: Tensor, thresholds: Tensor | None, beta: Tensor, kind: SampledKind, out: Tensor
+    ) -> None:
+        self.ops.sampled_weight.default(weight, thresholds, kind.key, kind.sample, out)
+
+    def sampled_grad_scores_(
+        self, grad_scores: Tensor, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: SampledKind
+    ) -> None:
+        tau = kind.tau if isinstance(kind, Gumbel) else 1.0
+        self.ops.sampled_grad_scores.default(
+            grad_w_eff.contiguous(), weight, scores, beta, kind.key, kind.sample, tau, isinstance(kind, Gumbel),
+            grad_scores,
+        )  # fmt: skip
 
 
 class NativeBackend(ExtensionBackend):

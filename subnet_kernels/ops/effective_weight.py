@@ -18,7 +18,13 @@ from . import checks
 from .checks import is_of_masks
 from .once import differentiable_once
 from .registry import register_op, register_vmap
-from .sampled import check_key, check_one_mask, choose_sampled, sampled_effective_weight, sampled_effective_weight_backward
+from .sampled import (
+    check_key,
+    check_one_mask,
+    choose_sampled,
+    sampled_effective_weight,
+    sampled_effective_weight_backward,
+)
 
 
 def is_vmapped() -> bool:
@@ -55,8 +61,8 @@ def plain_effective_weight(
     """
     if kind.name not in ("sigmoid", "hard"):
         raise BackendRefused(
-            f"effective_weight: torch.func transforms differentiate a mask's value, and kind {kind.name!r} has a slope of "
-            "its own; use loss.backward()"
+            f"effective_weight: torch.func transforms differentiate a mask's value, and kind {kind.name!r} has a slope "
+            "of its own; use loss.backward()"
         )
     if is_of_masks(weight, scores):
         made = [plain_effective_weight(weight, part, beta, kind, dtype) for part in scores.unbind()]
@@ -276,9 +282,8 @@ def effective_weight(
 
     Returns:
         w_eff with weight's shape and strides, and penalty, 0-d in scores' dtype: the sum of m over *weights*; with
-        several masks ``[G, *weight.shape]`` and ``[G]``; with a kind of several samples ``[samples, *weight.shape]`` and
-        0-d. Both are ordinary autograd outputs; gradients reach scores
-        and, where it requires grad, weight.
+        several masks ``[G, *weight.shape]`` and ``[G]``; with a kind of several samples ``[samples, *weight.shape]``
+        and 0-d. Both are ordinary autograd outputs; gradients reach scores and, where it requires grad, weight.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what fits.

@@ -1,8 +1,8 @@
 """Products with sampled masks: ``samples`` masks of one kind and key, each for its part of the batch.
 
-Nothing of a mask is kept between the passes: the draws of a mask are a function of the key and each score's place, so the
-backward pass makes its effective weight again. One effective weight exists at a time; what is kept beside the inputs are
-the thresholds, two bytes per score for all samples together.
+Nothing of a mask is kept between the passes: the draws of a mask are a function of the key and each score's place, so
+the backward pass makes its effective weight again. One effective weight exists at a time; what is kept beside the
+inputs are the thresholds, two bytes per score for all samples together.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ class MaskedLayer(nn.Module):
         return self
 
     def _move_beta(self, device: torch.device) -> None:
-        """beta, in place, and key and a count of steps beside it. They always have a value, so they never go to meta."""
+        """beta, in place, and key and a count of steps beside it. They always have values, so they never go to meta."""
         state = self._state
         if state.beta.device == device or device.type == "meta":
             return

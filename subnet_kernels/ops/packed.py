@@ -1,0 +1,83 @@
+"""Many bit masks over one weight: several subnetworks evaluated side by side, a bit of memory per weight for each."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import native
+from ..packing import unpack_mask
+from . import checks
+
+
+def packed_weight(weight: Tensor, packed: Tensor, out: Tensor) -> None:
+    """out = weight where its bit is set, else 0; contiguous, alike in shape."""
+    if native.serves(weight) and weight.dtype != torch.float64 and weight.device.type == "cpu":
+        torch.ops.subnet_native.packed_weight(weight, packed, out)
+    else:
+        torch.mul(weight, unpack_mask(packed, tuple(weight.shape)), out=out)
+
+
+def packed_linear(
+    x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None = None, *, shared_input: bool = False
+) -> Tensor:
+    """``F.linear(x_t, weight * mask_t, bias)`` for T bit masks over one weight, without their effective weights: one
+    exists at a time. For evaluation: there is no gradient.
+
+    Args:
+        x: [T*B, ..., K] in weight's dtype: mask t serves the t-th B of the first dimension; or [B, ..., K] with
+            ``shared_input``, which all masks see.
+        weight: [N, K].
+        packed: uint8 [T, ceil(N*K/8)], each row what ``pack_mask`` gives for a bool [N, K].
+        bias: [N] or None.
+        shared_input: whether x is one batch for all masks.
+
+    Returns:
+        [T*B, ..., N], the masks' parts one after the other.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        RuntimeError: a gradient would be wanted.
+
+    Example:
+        >>> import torch
+        >>> from subnet_kernels import pack_mask
+        >>> masks = [torch.tensor([[True, False]]), torch.tensor([[False, True]])]
+        >>> packed = torch.stack([pack_mask(mask) for mask in masks])
+        >>> packed_linear(torch.ones(2, 2), torch.tensor([[3.0, 4.0]]), packed).tolist()
+        [[3.0], [4.0]]
+    """
+    op = "packed_linear"
+    for name, tensor in (("x", x), ("weight", weight), ("packed", packed)):
+        checks.check_tensor(op, name, tensor)
+    checks.check_float_dtype(op, "weight", weight)
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: needs weight [N, K] and x [T*B, ..., K], got {checks.shape_of(weight)} and {checks.shape_of(x)}"
+        )
+    checks.check_x(op, x, weight, False)
+    checks.check_bias(op, bias, weight.shape[0], x)
+    num_bytes = (weight.numel() + 7) // 8
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != num_bytes or not packed.shape[0]:
+        raise ValueError(
+            f"{op}: packed must be uint8 [T, {num_bytes}], rows of pack_mask for weight {checks.shape_of(weight)}, "
+            f"got {packed.dtype} {checks.shape_of(packed)}"
+        )
+    if packed.device != weight.device:
+        raise ValueError(f"{op}: packed must be on weight's device {weight.device}, got {packed.device}")
+    num = packed.shape[0]
+    if not shared_input and x.shape[0] % num:
+        raise ValueError(
+            f"{op}: x's first dimension must be a multiple of the {num} masks, got shape {checks.shape_of(x)}; pass "
+            "shared_input=True where all masks see the same rows"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise RuntimeError(f"{op}: is for evaluation and has no gradient; call it under torch.no_grad()")
+    weight = weight.contiguous()
+    w_eff = torch.empty_like(weight)
+    outs = []
+    for part, bits in zip([x] * num if shared_input else x.chunk(num), packed.contiguous(), strict=True):
+        packed_weight(weight, bits, w_eff)
+        outs.append(F.linear(part, w_eff, bias))
+    return torch.cat(outs)
