@@ -57,7 +57,7 @@ def natives():
 
 
 def on_host(seed, given):
-    cuda_on_host.OnHost().ops.random_bits(seed, torch.tensor(OFFSET - 2**64), given)
+    cuda_on_host.OnHost().ops.random_bits(seed, torch.tensor(OFFSET - 2**64), 0, given)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -234,7 +234,8 @@ class MaskedLayer(nn.Module):
     def _remove_mask(self) -> None:
         """Back to an ordinary layer's attributes."""
         del self.scores, self.kind, self.unit, self.plan, self._state, self._slot
-        self.__dict__.pop("base_class", None)
+        for name in ("base_class", "_first_sample"):
+            self.__dict__.pop(name, None)
 
     # --- what a user asks ------------------------------------------------------------------------------------------
 

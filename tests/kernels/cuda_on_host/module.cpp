@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
         " Tensor(a!) grad_scores, Tensor(b!)? grad_weight) -> ()");
   m.def("grad_scores_of_many(Tensor[] grad_w_effs, Tensor[] grad_penalties, Tensor[] weights, Tensor[] scores,"
         " Tensor beta, int kind, Tensor(a!)[] grad_scores) -> ()");
-  m.def("random_bits(Tensor seed, Tensor offset, Tensor(a!) out) -> ()");
+  m.def("random_bits(Tensor seed, Tensor offset, int first_sample, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
 }
