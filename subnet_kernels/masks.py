@@ -128,6 +128,9 @@ HARD = Hard()
 class Threshold(MaskKind):
     """m = 1[s > at], trained straight through: dm/ds = 1. Piggyback's mask; its scores begin at 1e-2.
 
+    Args:
+        at: above it a score is in.
+
     Raises:
         ValueError: ``at`` is not finite.
     """
@@ -157,6 +160,9 @@ class Threshold(MaskKind):
 class TopK(MaskKind):
     """m = 1 for the scores that are largest in size: all of a tensor but the ``int((1 - kept) * n)`` smallest; dm/ds =
     sign(s). Edge-popup's mask; of equal scores those that come first go first.
+
+    Args:
+        kept: the fraction of each tensor that stays.
 
     Raises:
         ValueError: ``kept`` is not in (0, 1].
@@ -209,11 +215,12 @@ def logistic_noise(draws: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledKind(MaskKind):
-    """A kind whose masks are drawn. ``samples`` masks serve a batch, each a part of it: mask g the g-th 1/samples.
+    """A kind whose masks are drawn.
 
-    Attributes:
-        samples: masks per batch.  sample: number of the first, by which draws with one key are told apart.
-        key: int64 [seed, step], a tensor on the scores' device; :meth:`at` gives it.
+    Args:
+        samples: masks that serve a batch, each a part of it: mask g the g-th 1/samples.
+        sample: number of the first, by which draws with one key are told apart.
+        key: int64 [seed, step], a tensor on the scores' device; ops and layers give it.
     """
 
     is_sampled: ClassVar[bool] = True
@@ -270,6 +277,9 @@ class Gumbel(SampledKind):
     sigmoid(z) for every tau. The penalty is the sum of the logits z, which has no lower bound: with Adam it drives
     every logit that the loss does not hold down by one rate per step, for ever. Csordas's weight masks.
 
+    Args:
+        tau: the temperature of the slope.  samples, sample, key: see SampledKind.
+
     Raises:
         ValueError: tau is not finite and > 0; samples below 1.
     """
@@ -297,7 +307,14 @@ class Gumbel(SampledKind):
 
 @dataclass(frozen=True)
 class Bernoulli(SampledKind):
-    """m = 1 with probability p = sigmoid(z); its slope is that of p. Zhou's supermasks."""
+    """m = 1 with probability p = sigmoid(z); its slope is that of p. Zhou's supermasks.
+
+    Args:
+        samples, sample, key: see SampledKind.
+
+    Raises:
+        ValueError: samples below 1.
+    """
 
     name: ClassVar[str] = "bernoulli"
 
@@ -317,6 +334,10 @@ class HardConcrete(SampledKind):
     """m = clip(y * (zeta - gamma) + gamma, 0, 1) with y = sigmoid((z + n)/tau): 0 and 1 have probabilities of their
     own. The penalty is P(m != 0) = sigmoid(z - tau * ln(-gamma/zeta)), the expected L0 norm. What is kept is z > 0,
     where the mask without noise is above 1/2. Louizos's gates.
+
+    Args:
+        tau: the temperature.  gamma, zeta: to what the mask is stretched before it is clipped.
+        samples, sample, key: see SampledKind.
 
     Raises:
         ValueError: tau is not finite and > 0; gamma is not below 0 or zeta not above 1.
@@ -384,6 +405,11 @@ def as_kind(kind: str | MaskKind, params: list[float] | None = None, key: Tensor
     names = [each.name for each in fields(cls) if each.name != "key"]
     made = cls(**dict(zip(names, params or ())))
     return made if key is None or not isinstance(made, SampledKind) else made.at(key)
+
+
+def is_sampled(kind: str) -> bool:
+    """Whether the kind of that name is drawn."""
+    return KINDS[kind].is_sampled
 
 
 # --- one score for several weights -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from ..backends.base import Backend
 from ..backends.layout import empty_of_masks
 from ..dispatch import BACKENDS, BackendRefused, choose_for, forced_backend
-from ..masks import KINDS, MaskKind, SampledKind, as_kind, expand_scores, weights_per_score
+from ..masks import MaskKind, SampledKind, as_kind, expand_scores, is_sampled, weights_per_score
 from . import checks
 from .checks import is_of_masks
 from .once import differentiable_once
@@ -76,7 +76,7 @@ def _choose(
     weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, backend: str | None = None
 ) -> Backend:
     """The backend of one call; for several masks that of each."""
-    if KINDS[kind].is_sampled:
+    if is_sampled(kind):
         return choose_sampled(weight, scores, kind, dtype, backend)
     one = scores[0] if is_of_masks(weight, scores) else scores
     return choose_for("effective_weight", weight, one, kind, dtype, None, backend)
