@@ -29,14 +29,12 @@ void keep_thresholds(const KeepThresholds& p, int64_t begin, int64_t end) {
     const int64_t left = end - i < kLanes ? end - i : kLanes;
     const Vector mask = VectorMask::value<Kind::sigmoid>(load_some<Float32>(p.scores + i, left), broadcast(p.beta));
     const Vector scaled = mask * 65536.0f - 0.5f;
-    uint16_t thresholds[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      // rounded up; below 0 for a mask under 2^-17; a NaN keeps nothing
-      const int32_t whole = scaled[lane] > 0.0f ? (int32_t)scaled[lane] : 0;
-      const int32_t up = scaled[lane] > (float)whole ? whole + 1 : whole;
-      thresholds[lane] = (uint16_t)(up < 65535 ? up : 65535);
-    }
-    __builtin_memcpy(p.thresholds + i, thresholds, 2 * left);
+    const Vector positive = only((VectorInt)(scaled > 0.0f), scaled);  // a NaN keeps nothing
+    const VectorInt whole = __builtin_convertvector(positive, VectorInt);
+    const VectorInt up = whole - (VectorInt)(positive > __builtin_convertvector(whole, Vector));  // true is -1
+    const VectorInt is_over = (VectorInt)(up > 65535);
+    const auto thresholds = __builtin_convertvector((up & ~is_over) | (is_over & 65535), VectorDraws);
+    __builtin_memcpy(p.thresholds + i, &thresholds, 2 * left);
   }
 }
 
@@ -89,27 +87,30 @@ void sampled_grad_scores(const SampledGradScores& p, int64_t group_begin, int64_
 }
 
 void packed_weight(const PackedWeight& p, int64_t byte_begin, int64_t byte_end) {
-  constexpr int64_t kBytes = kLanes < 8 ? 1 : kLanes / 8;  // at a time
-  constexpr int kTurns = kLanes < 8 ? 8 / kLanes : 1;
   VectorBits bit_of_lane;
   for (int lane = 0; lane < kLanes; ++lane) bit_of_lane[lane] = 1u << lane;
+  const auto kept = [&](uint32_t bits, Vector value) {
+    return only((VectorInt)(((VectorBits{} + bits) & bit_of_lane) != 0), value);
+  };
+  const int64_t end = 8 * byte_end < p.num ? 8 * byte_end : p.num;
   with_dtype(p.weight_dtype, [&](auto weight_dtype) {
     with_dtype(p.out_dtype, [&](auto out_dtype) {
       using W = decltype(weight_dtype);
       using O = decltype(out_dtype);
       const auto* weight = static_cast<const typename W::Stored*>(p.weight);
       auto* out = static_cast<typename O::Stored*>(p.out);
-      for (int64_t byte = byte_begin; byte < byte_end; byte += kBytes) {
-        uint32_t bits = 0;
-        for (int64_t k = 0; k < kBytes && byte + k < byte_end; ++k) bits |= (uint32_t)p.packed[byte + k] << (8 * k);
-        const int64_t range_end = 8 * byte_end < p.num ? 8 * byte_end : p.num;
-        for (int turn = 0; turn < kTurns; ++turn) {
-          const int64_t at = 8 * byte + turn * kLanes;
-          if (at >= range_end) break;
-          const int64_t left = range_end - at < kLanes ? range_end - at : kLanes;
-          const VectorInt is_kept = (VectorInt)(((VectorBits{} + (bits >> (turn * kLanes))) & bit_of_lane) != 0);
-          store_some<O>(out + at, only(is_kept, load_some<W>(weight + at, left)), left);
+      int64_t at = 8 * byte_begin;
+      for (; at + 16 <= end; at += 16) {
+        const uint32_t bits = p.packed[at / 8] | (uint32_t)p.packed[at / 8 + 1] << 8;
+        for (int lane = 0; lane < 16; lane += kLanes) {
+          O::store(out + at + lane, kept(bits >> lane, W::load(weight + at + lane)));
         }
+      }
+      for (; at < end; at += kLanes) {
+        const int64_t left = end - at < kLanes ? end - at : kLanes;
+        uint32_t bits = p.packed[at / 8];
+        if (at / 8 + 1 < byte_end) bits |= (uint32_t)p.packed[at / 8 + 1] << 8;
+        store_some<O>(out + at, kept(bits >> at % 8, load_some<W>(weight + at, left)), left);
       }
     });
   });

@@ -31,7 +31,7 @@ from .distributed import (
     unwrapped,
 )
 from .nn import MaskedLayer, MaskedParameter
-from .nn.base import MaskState, Schedule, Unit, check_can_mask, new_state
+from .nn.base import MaskState, Schedule, Unit, new_state
 from .nn.convert import check_can_revert, convert_in_place, revert_in_place
 from .nn.parameter import mask_parameter, unmask_parameter
 from .targets import Target, Targets, TargetsWithOptions, find_targets
@@ -136,13 +136,11 @@ def _mask(
     module, where = target.module, f"mask_model: {name.rpartition('.')[0] or 'the model'}"
     own = {key: value for key, value in target.options.items() if key != "fused"}
     settings = {**settings, **own, "state": state}
-    check_can_mask(module, where, target.parameter)
     if not as_kind(settings["kind"]).is_trainable:
         kind = as_kind(settings["kind"]).name
         raise ValueError(f"{where}: kind {kind!r} trains no scores; use 'sigmoid', and harden() later")
-    weight = module._parameters[target.parameter]
-    assert weight is not None
-    settings["score_init"] = _initial_scores(init, name, weight, settings["score_init"])
+    if (weight := module._parameters.get(target.parameter)) is not None:  # else the conversion says what is there
+        settings["score_init"] = _initial_scores(init, name, weight, settings["score_init"])
     try:
         if target.cls is not None:
             return convert_in_place(module, target.cls, where, **settings)

@@ -10,6 +10,7 @@ them), ``shapes`` (JSON, in the subnet's order), ``provenance`` (JSON), ``base_h
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from subnet_kernels.packing import pack_mask, unpack_mask
+
+from .training.files import write_bytes
 
 FORMAT = "subnets.Subnet"
 FORMAT_VERSIONS = ("1", "2")
@@ -69,16 +72,12 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         "base_hash": contents.base_hash or "",
     }
     metadata["checksum"] = _checksum(metadata, tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(save(tensors, metadata))
-        os.replace(temporary, path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        write_bytes(path, save(tensors, metadata))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"Subnet.save: {path} can't be written: {error.strerror}; its folder must exist") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> Contents:

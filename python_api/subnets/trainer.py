@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subnet_kernels.optim import MaskAdamW
 
 from .masking import MaskSet
+from .training.files import save_tensors
 
 FILE = "masks.safetensors"  # in each checkpoint folder: the scores, and MaskSet.state_dict() as json
 
@@ -103,10 +103,8 @@ class MaskCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        scores = {n: s.detach().to("cpu", copy=True).contiguous() for n, s in self.masks.scores().items()}
-        partial = _checkpoint(args, state) / f"{FILE}.partial"
-        save_file(scores, partial, metadata={"masks": json.dumps(self.masks.state_dict())})
-        partial.replace(partial.with_name(FILE))
+        scores = {name: values.detach().cpu() for name, values in self.masks.scores().items()}
+        save_tensors(_checkpoint(args, state) / FILE, scores, {"masks": json.dumps(self.masks.state_dict())})
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:

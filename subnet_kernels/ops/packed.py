@@ -10,6 +10,8 @@ from ..backends import native
 from ..packing import unpack_mask
 from . import checks
 
+_BLOCK = 1 << 18  # weights of a block, which with its masked copy fits a core's cache
+
 
 def packed_weight(weight: Tensor, packed: Tensor, out: Tensor) -> None:
     """out = weight where its bit is set, else 0; contiguous, alike in shape."""
@@ -74,10 +76,26 @@ def packed_linear(
         )
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         raise RuntimeError(f"{op}: is for evaluation and has no gradient; call it under torch.no_grad()")
-    weight = weight.contiguous()
+    weight, packed = weight.contiguous(), packed.contiguous()
+    parts = [x] * num if shared_input else list(x.chunk(num))
+    num_rows, num_columns = weight.shape
+    rows = num_rows if weight.is_cuda else max(8, _BLOCK // max(num_columns, 1) // 8 * 8)  # a block begins at a byte
+    if rows >= num_rows:
+        return torch.cat(_block(parts, weight, packed, bias))
+    out = x.new_empty(num, *parts[0].shape[:-1], num_rows)
+    for begin in range(0, num_rows, rows):  # W comes from memory once, its masked blocks stay in the cache
+        end = min(begin + rows, num_rows)
+        bits = packed[:, begin * num_columns // 8 : (end * num_columns + 7) // 8].contiguous()
+        block = _block(parts, weight[begin:end], bits, None if bias is None else bias[begin:end])
+        for to, made in zip(out, block, strict=True):
+            to[..., begin:end] = made
+    return out.flatten(0, 1)
+
+
+def _block(parts: list[Tensor], weight: Tensor, packed: Tensor, bias: Tensor | None) -> list[Tensor]:
     w_eff = torch.empty_like(weight)
     outs = []
-    for part, bits in zip([x] * num if shared_input else x.chunk(num), packed.contiguous(), strict=True):
+    for part, bits in zip(parts, packed, strict=True):
         packed_weight(weight, bits, w_eff)
         outs.append(F.linear(part, w_eff, bias))
-    return torch.cat(outs)
+    return outs

@@ -138,35 +138,28 @@ def test_ten_million_draws_are_those_of_plain_pytorch():
     )
 
 
-@needs_extension
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "portable"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 129), (2, 2051), (300, 260), (4, 3, 3, 3), (13,)])
-def test_decisions_equal_the_definitions(capability, shape):
-    before = torch.ops.subnet_native.cpu_capability()
-    try:
-        torch.ops.subnet_native.set_cpu_capability(capability)
-    except RuntimeError:
-        pytest.skip(f"no {capability} here")
-    try:
-        generator = torch.Generator().manual_seed(1)
-        scores = torch.randn(shape, generator=generator) * 4
-        weight = torch.randn(shape, generator=generator)
-        beta, kind = torch.tensor(1.3), Gumbel(0.7, samples=3, sample=9).at(KEY)
-        thresholds = torch.empty(shape, dtype=torch.uint16)
-        torch.ops.subnet_native.keep_thresholds(scores, beta, thresholds)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 129), (2, 2051), (300, 260), (4, 3, 3, 3), (13,)], ids=str)
+def test_decisions_equal_the_definitions(shape):
+    pytest.importorskip("subnet_kernels._C", reason="the extension is not built")
+    from tests.kernels.native_inputs import CAPABILITIES, capability
+
+    generator, ops = torch.Generator().manual_seed(1), torch.ops.subnet_native
+    scores = torch.randn(shape, generator=generator) * 4
+    weight, grad, given = (torch.randn(shape, generator=generator) for _ in range(3))
+    beta, kind = torch.tensor(1.3), Gumbel(0.7, samples=3, sample=9).at(KEY)
+    for name in CAPABILITIES:
+        with capability(name):
+            thresholds = torch.empty(shape, dtype=torch.uint16)
+            ops.keep_thresholds(scores, beta, thresholds)
+            w_eff, sums = torch.full(shape, math.nan), given.clone()
+            ops.sampled_weight(weight, thresholds, KEY, 9, w_eff)
+            ops.sampled_grad_scores(grad, weight, scores, beta, KEY, 9, 0.7, True, sums)
         difference = thresholds.to(torch.int32) - keep_thresholds(scores, beta).to(torch.int32)
-        assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.02  # of two roundings of a sigmoid
-        w_eff = torch.full(shape, math.nan)
-        torch.ops.subnet_native.sampled_weight(weight, thresholds, KEY, 9, w_eff)
+        assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.02  # a sigmoid rounded twice
         kept = kind.draws(scores) < thresholds.to(torch.int32)
         assert torch.equal(w_eff, torch.where(kept, weight, torch.zeros(())))
-        grad, given = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-        sums = given.clone()
-        torch.ops.subnet_native.sampled_grad_scores(grad, weight, scores, beta, KEY, 9, 0.7, True, sums)
         expected = given.double() + grad.double() * weight.double() * kind.slope(scores.double(), beta.double())
         torch.testing.assert_close(sums.double(), expected, rtol=2e-6, atol=1e-6)
-    finally:
-        torch.ops.subnet_native.set_cpu_capability(before)
 
 
 def test_thresholds_decide_as_the_noise_does():

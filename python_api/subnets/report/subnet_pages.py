@@ -47,7 +47,7 @@ def facts(subnet: Subnet, heads: int | None) -> dict[str, str]:
         "base hash": subnet.base_hash or "not recorded",
         "kept values": "not in the file" if subnet.weights is None else "in the file: it can be planted alone",
     }
-    if ranks_in(subnet) is None:
+    if subnet.ranks is None:
         said["scores"] = "no ranks of the scores in the file, so no histogram of them"
     projections = [m for name, m in subnet.masks.items() if head_dimension(name, subnet.masks) is not None]
     if heads is None and any(mask.ndim == 2 for mask in projections):
@@ -64,7 +64,7 @@ def subnet_tables(subnet: Subnet, heads: int | None) -> list[Table]:
         tables.append(_role_table(rows))
     if maps := head_maps(subnet, heads):
         tables.append(_head_table(maps))
-    if (ranks := ranks_in(subnet)) is not None:
+    if (ranks := subnet.ranks) is not None:
         tables.append(_rank_table(ranks))
     return tables
 
@@ -150,12 +150,6 @@ def load_subnet(path: str) -> Subnet:
     return Subnet.from_pretrained(path) if Path(path).is_dir() else Subnet.load(path)
 
 
-def ranks_in(subnet: Subnet) -> dict[str, Tensor] | None:
-    """Parameter name -> uint8 ``[kept]``, 256 * the share of all kept weights that have a lower score; None where the
-    subnet has none."""
-    return subnet.ranks
-
-
 def _ranks_by_role(ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Role -> ranks as fractions in [0, 1), fp32 ``[kept]``; roles that keep nothing are left out."""
     places, roles = places_of(list(ranks)), {}
@@ -185,7 +179,7 @@ def subnet_parts(subnet: Subnet, heads: int | None, folder: Path, prefix: str = 
     parts.append(image(save_figure(_density_figure(subnet), folder / f"{prefix}density.png"), caption))
     if maps := head_maps(subnet, heads):
         parts.append(image(save_figure(_head_figure(maps), folder / f"{prefix}heads.png"), "Density of each head."))
-    if (ranks := ranks_in(subnet)) is not None:
+    if (ranks := subnet.ranks) is not None:
         caption = "Where each role's scores lie among all scores of the subnetwork; a flat line is spread as the whole."
         parts.append(image(save_figure(_rank_figure(ranks), folder / f"{prefix}scores.png"), caption))
     return [*parts, *[table.html() for table in reversed(subnet_tables(subnet, heads))]]
