@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import native
+from ..backends.base import as_matrix
 from ..packing import unpack_mask
 from . import checks
 
@@ -80,22 +81,23 @@ def packed_linear(
     parts = [x] * num if shared_input else list(x.chunk(num))
     num_rows, num_columns = weight.shape
     rows = num_rows if weight.is_cuda else max(8, _BLOCK // max(num_columns, 1) // 8 * 8)  # a block begins at a byte
+    w_eff = torch.empty_like(weight[: min(rows, num_rows)])
     if rows >= num_rows:
-        return torch.cat(_block(parts, weight, packed, bias))
-    out = x.new_empty(num, *parts[0].shape[:-1], num_rows)
-    for begin in range(0, num_rows, rows):  # W comes from memory once, its masked blocks stay in the cache
-        end = min(begin + rows, num_rows)
-        bits = packed[:, begin * num_columns // 8 : (end * num_columns + 7) // 8].contiguous()
-        block = _block(parts, weight[begin:end], bits, None if bias is None else bias[begin:end])
-        for to, made in zip(out, block, strict=True):
-            to[..., begin:end] = made
-    return out.flatten(0, 1)
-
-
-def _block(parts: list[Tensor], weight: Tensor, packed: Tensor, bias: Tensor | None) -> list[Tensor]:
-    w_eff = torch.empty_like(weight)
-    outs = []
-    for part, bits in zip(parts, packed, strict=True):
-        packed_weight(weight, bits, w_eff)
-        outs.append(F.linear(part, w_eff, bias))
-    return outs
+        outs = []
+        for part, bits in zip(parts, packed, strict=True):
+            packed_weight(weight, bits, w_eff)
+            outs.append(F.linear(part, w_eff, bias))
+        return torch.cat(outs)
+    # W comes from memory once and its masked blocks stay in the cache, the long side of each product being K: few rows
+    # of w_eff and of x make a slow F.linear
+    columns = [as_matrix(part).t().contiguous() for part in parts]
+    out = x.new_empty(num, columns[0].shape[1], num_rows)
+    for begin in range(0, num_rows, rows):
+        block = weight[begin : begin + rows]
+        bits = packed[:, begin * num_columns // 8 : (begin * num_columns + block.numel() + 7) // 8].contiguous()
+        for mask in range(num):
+            packed_weight(block, bits[mask], w_eff[: len(block)])
+            out[mask, :, begin : begin + rows] = torch.mm(w_eff[: len(block)], columns[mask]).t()
+    if bias is not None:
+        out += bias
+    return out.view(num * parts[0].shape[0], *x.shape[1:-1], num_rows)
