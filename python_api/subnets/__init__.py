@@ -16,6 +16,7 @@ from .evaluation import evaluate_subnet
 from .masking import MaskSet, mask_model, masks_of
 from .nn import MaskedConv2d, MaskedHFConv1D, MaskedLinear
 from .readers import read_masks, read_neurosurgeon, read_neurosurgeon_scores
+from .side_by_side import outputs_of
 from .subnet import Subnet
 from .transfer import release, transfer
 
@@ -35,6 +36,7 @@ __all__ = [
     "masks_of",
     "metrics",
     "objectives",
+    "outputs_of",
     "read_masks",
     "read_neurosurgeon",
     "read_neurosurgeon_scores",
