@@ -378,6 +378,18 @@ def neurosurgeon_layer(plain: nn.Module, scores: Tensor, beta: float) -> Any:
     return layer
 
 
+def neurosurgeon_circuit(model: nn.Module, layers: list[str], beta: float) -> Any:
+    """NeuroSurgeon's CircuitModel of a transformers model: soft masks over every weight of these layers."""
+    try:
+        from NeuroSurgeon.Models import CircuitConfig, CircuitModel
+    except ImportError as error:
+        raise Skipped(f"NeuroSurgeon is not installed ({error}); pip install NeuroSurgeon==0.1.0") from error
+    settings = {"ablation": "none", "mask_unit": "weight", "mask_bias": False, "mask_init_value": 0.0}
+    circuit: Any = CircuitModel(CircuitConfig("continuous_sparsification", settings, layers, add_l0=False), model)
+    circuit.temperature = beta
+    return circuit
+
+
 def make_contenders(case: Case, names: list[str], say: Callable[[str], None]) -> list[Contender]:
     """The contenders that run here; what is left out is said."""
     made = []

@@ -28,6 +28,7 @@ from subnets.experiments.arithmetic.config import make_config
 from subnets.training.gpt2 import LeanGPT2, accuracy, lm_loss
 from torch import Tensor, nn
 
+from .models import LogitsOnly, hugging_face_twin
 from .rows import aligned
 
 
@@ -127,34 +128,8 @@ class TheirsInTransformers(Theirs):
     name = "neurosurgeon, transformers"
 
     def start(self) -> None:
-        self.model = _LogitsOnly(hugging_face_twin(self.model))  # pyright: ignore
+        self.model = LogitsOnly(hugging_face_twin(self.model))  # pyright: ignore
         super().start()
-
-
-class _LogitsOnly(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens).logits
-
-
-def hugging_face_twin(model: LeanGPT2) -> nn.Module:
-    """transformers' GPT2LMHeadModel with the same weights; its Conv1D weights are the transposes."""
-    import transformers
-
-    shape = model.shape
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
-        n_head=shape.heads, resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
-    )  # fmt: skip
-    twin = transformers.GPT2LMHeadModel(config).eval()
-    masked = set(shape.masked_names())
-    state = {f"transformer.{n}": p.detach().t() if n in masked else p.detach() for n, p in model.named_parameters()}
-    missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert unexpected == [] and [name for name in missing if not name.endswith((".bias", "lm_head.weight"))] == []
-    return twin
 
 
 def run(folder: Path, layers: int, epochs: int, steps: int, say: Callable[[str], None] = print) -> str:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import memory
 from .cases import BETA
 from .ceilings import Ceilings
-from .contenders import Skipped, check_capturable, fused_adamw, masks_adamw, neurosurgeon_layer
+from .contenders import Skipped, check_capturable, fused_adamw, masks_adamw, neurosurgeon_circuit, neurosurgeon_layer
 from .resnet import ResNet18
 from .rows import Row
 from .runner import Settings, free_memory, in_mode, make_row, set_floor, tuned_convolutions
@@ -40,7 +40,8 @@ LEAST_COSINES = {
 
 @dataclass(frozen=True)
 class ModelCase:
-    """kind: "gpt2" (sizes: layers, width, heads, vocabulary), "resnet18" (sizes: width of the stem, classes) or
+    """kind: "gpt2" (sizes: layers, width, heads, vocabulary), "transformers" (the same in transformers' GPT-2, whose
+    layers are Conv1D; there NeuroSurgeon is its CircuitModel), "resnet18" (sizes: width of the stem, classes) or
     "vision" (the vision experiment's ResNet-18; sizes: width); extent: tokens, or the image's side. precision: "bf16"
     (of the whole network), "fp32", or "amp" (fp32 under autocast to bf16)."""
 
@@ -61,21 +62,36 @@ class ModelCase:
 
     @property
     def targets(self) -> str:
-        return "all-linear" if self.kind == "gpt2" else "all-conv"
+        return "all-linear" if self.is_language else "all-conv"
+
+    @property
+    def is_language(self) -> bool:
+        return self.kind in ("gpt2", "transformers")
+
+    @property
+    def layer_type(self) -> type[nn.Module]:
+        """Of the layers that are masked."""
+        if self.kind == "transformers":
+            from transformers.pytorch_utils import Conv1D
+
+            return Conv1D
+        return nn.Linear if self.is_language else nn.Conv2d
 
     def num_items(self) -> tuple[int, str]:
-        return (self.batch * self.extent, "tokens") if self.kind == "gpt2" else (self.batch, "images")
+        return (self.batch * self.extent, "tokens") if self.is_language else (self.batch, "images")
 
     def build(self, device: str) -> tuple[nn.Module, Tensor]:
         """(the network, frozen; its input)"""
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            if self.kind == "gpt2":
+            if self.is_language:
                 from subnets.training.gpt2 import GPT2Shape, LeanGPT2
 
                 shape = GPT2Shape(**{"context": self.extent, "dropout": 0.0, **self.sizes})
                 model: nn.Module = LeanGPT2(shape, generator)
+                if self.kind == "transformers":
+                    model = LogitsOnly(hugging_face_twin(model))
                 x = torch.randint(shape.vocabulary, (self.batch, self.extent), generator=generator).to(device)
             else:
                 model = ResNet18(**self.sizes) if self.kind == "resnet18" else self._vision()
@@ -96,6 +112,7 @@ _SMALL = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257}
 MODEL_CASES = [
     ModelCase("gpt2_4x64", "gpt2", 4, 64, _SMALL),
     ModelCase("gpt2_4x64_fp32", "gpt2", 4, 64, _SMALL, precision="fp32"),
+    ModelCase("gpt2_4x64_fp32_transformers", "transformers", 4, 64, _SMALL, precision="fp32"),
     ModelCase("gpt2_8x1024", "gpt2", 8, 1024, _SMALL),
     ModelCase("resnet18_b256", "resnet18", 256, 224),
     ModelCase("resnet18_64px_b32_fp32", "vision", 32, 64, precision="fp32"),
@@ -159,6 +176,34 @@ class Trainer:
     def set_scores(self, scores: dict[str, Tensor]) -> None:
         for name, tensor in self.trained.items():
             tensor.copy_(scores[name])
+
+
+class LogitsOnly(nn.Module):
+    """A language model of transformers as a function of tokens to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).logits
+
+
+def hugging_face_twin(model: Any) -> nn.Module:
+    """transformers' GPT2LMHeadModel with the weights of a LeanGPT2; its Conv1D weights are the transposes."""
+    import transformers
+
+    shape = model.shape
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
+        n_head=shape.heads, resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
+    )  # fmt: skip
+    twin = transformers.GPT2LMHeadModel(config).eval()
+    masked = set(shape.masked_names())
+    state = {f"transformer.{n}": p.detach().t() if n in masked else p.detach() for n, p in model.named_parameters()}
+    missing, unexpected = twin.load_state_dict(state, strict=False)
+    assert unexpected == [] and [name for name in missing if not name.endswith((".bias", "lm_head.weight"))] == []
+    return twin
 
 
 class Mask(nn.Module):
@@ -243,18 +288,24 @@ class Unmasked(Trainer):
 
 class NeuroSurgeon(Trainer):
     """NeuroSurgeon 0.1.0's ContSparse layers and ``calculate_l0()``, fused AdamW; in bf16 by autocast on fp32 weights,
-    its way."""
+    its way. A model of transformers is wrapped in its CircuitModel."""
 
     name = "neurosurgeon"
 
     def prepare(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         self.model.float()
         self.is_autocast = self.case.product_dtype == torch.bfloat16
-        self.layers = {}
-        for name, value in scores.items():
-            self.layers[name] = neurosurgeon_layer(self.model.get_submodule(name), value, BETA)
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, self.layers[name])
+        if isinstance(self.model, LogitsOnly):
+            self.model.model = neurosurgeon_circuit(self.model.model, [n.removeprefix("model.") for n in scores], BETA)
+            self.layers = {n: self.model.get_submodule(n.replace("model.", "model.wrapped_model.", 1)) for n in scores}
+            for name, layer in self.layers.items():
+                layer.weight_mask_params.data = scores[name].clone()
+        else:
+            self.layers = {}
+            for name, value in scores.items():
+                self.layers[name] = neurosurgeon_layer(self.model.get_submodule(name), value, BETA)
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, self.layers[name])
         return {name: layer.weight_mask_params for name, layer in self.layers.items()}
 
     def losses(self) -> tuple[Tensor, Tensor]:
@@ -383,11 +434,10 @@ def make_trainers(
     """(trainers that run here, the reference of their checks, the initial scores, gates by name); what breaks or is
     left out is said."""
     base, x = case.build(settings.device)
-    kind = nn.Linear if case.targets == "all-linear" else nn.Conv2d
     generator = torch.Generator(x.device).manual_seed(1)
     scores = {}
     for name, module in base.named_modules():
-        if isinstance(module, kind):
+        if isinstance(module, case.layer_type):
             values = torch.randn(module.weight.shape, generator=generator, device=x.device)
             scores[name] = torch.empty_like(module.weight, dtype=torch.float32).copy_(values)
     reference = Eager(case, base, x, scores)

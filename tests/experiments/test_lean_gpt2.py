@@ -6,7 +6,7 @@ import pytest
 import torch
 from subnets.training.gpt2 import GPT2Shape, LeanGPT2, _short_attention, accuracy, lm_loss
 
-from benchmarks.discovery import hugging_face_twin
+from benchmarks.models import hugging_face_twin
 
 pytest.importorskip("transformers")
 
