@@ -297,7 +297,7 @@ class NeuroSurgeon(Trainer):
         self.is_autocast = self.case.product_dtype == torch.bfloat16
         if isinstance(self.model, LogitsOnly):
             self.model.model = neurosurgeon_circuit(self.model.model, [n.removeprefix("model.") for n in scores], BETA)
-            self.layers = {n: self.model.get_submodule(n.replace("model.", "model.wrapped_model.", 1)) for n in scores}
+            self.layers: dict[str, Any] = {n: self.model.get_submodule(n.replace("model.", "model.wrapped_model.", 1)) for n in scores}
             for name, layer in self.layers.items():
                 layer.weight_mask_params.data = scores[name].clone()
         else:
@@ -438,8 +438,9 @@ def make_trainers(
     scores = {}
     for name, module in base.named_modules():
         if isinstance(module, case.layer_type):
-            values = torch.randn(module.weight.shape, generator=generator, device=x.device)
-            scores[name] = torch.empty_like(module.weight, dtype=torch.float32).copy_(values)
+            weight: Any = module.weight
+            values = torch.randn(weight.shape, generator=generator, device=x.device)
+            scores[name] = torch.empty_like(weight, dtype=torch.float32).copy_(values)
     reference = Eager(case, base, x, scores)
     with torch.no_grad():
         labels = reference.model(x).argmax(-1)
