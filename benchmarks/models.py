@@ -297,7 +297,8 @@ class NeuroSurgeon(Trainer):
         self.is_autocast = self.case.product_dtype == torch.bfloat16
         if isinstance(self.model, LogitsOnly):
             self.model.model = neurosurgeon_circuit(self.model.model, [n.removeprefix("model.") for n in scores], BETA)
-            self.layers: dict[str, Any] = {n: self.model.get_submodule(n.replace("model.", "model.wrapped_model.", 1)) for n in scores}
+            inside = {name: name.replace("model.", "model.wrapped_model.", 1) for name in scores}
+            self.layers: dict[str, Any] = {name: self.model.get_submodule(inside[name]) for name in scores}
             for name, layer in self.layers.items():
                 layer.weight_mask_params.data = scores[name].clone()
         else:
