@@ -16,7 +16,7 @@ from . import subnet_file, subnet_folder
 from .provenance import base_of
 from .subnet_file import Contents, check_ranks, check_values, listed, weights_hash
 from .subnet_fill import Fill, filler
-from .subnet_fit import check_finite, check_unmasked, fitting_parameters, kept_values
+from .subnet_fit import check_finite, check_same_parameters, check_unmasked, fitting_parameters, kept_values
 from .subnet_heads import head_densities
 from .subnet_ranks import ranks_of, top_parts
 from .subnet_samples import sampled
@@ -225,10 +225,7 @@ class Subnet:
     def _check_same_parameters(self, other: Subnet, operation: str) -> None:
         if not isinstance(other, Subnet):
             raise TypeError(f"Subnet {operation}: the other side must be a Subnet, got {type(other).__name__}")
-        odd = [name for name in {**self.masks, **other.masks} if _shape(self, name) != _shape(other, name)]
-        if odd:
-            sides = listed(f"{name} ({_shape(self, name)} and {_shape(other, name)})" for name in odd)
-            raise ValueError(f"Subnet {operation}: both sides must mask the same parameters, these differ: {sides}")
+        check_same_parameters(self.masks, other.masks, f"Subnet {operation}")
 
     # --- controls
 
@@ -459,10 +456,6 @@ class Subnet:
 def _check_mode(mode: str, caller: str) -> None:
     if mode not in ("keep", "ablate"):
         raise ValueError(f"{caller}: mode must be 'keep' or 'ablate', got {mode!r}")
-
-
-def _shape(subnet: Subnet, name: str) -> list[int] | str:
-    return list(subnet.masks[name].shape) if name in subnet.masks else "absent"
 
 
 def _own(tensor: Tensor) -> Tensor:

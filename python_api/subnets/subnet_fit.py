@@ -67,3 +67,15 @@ def check_unmasked(model: nn.Module, caller: str) -> None:
     """Raise ValueError if the model has masks of its own."""
     if any(isinstance(module, MaskedLayer) for module in model.modules()):
         raise ValueError(f"{caller}: the model is masked, so its own masks would come on top; unmask() it first")
+
+
+def check_same_parameters(first: Mapping[str, Tensor], second: Mapping[str, Tensor], caller: str) -> None:
+    """Raise ValueError, listing what differs, unless both hold masks of the same names and shapes."""
+    odd = [name for name in {**first, **second} if _shape(first, name) != _shape(second, name)]
+    if odd:
+        sides = listed(f"{name} ({_shape(first, name)} and {_shape(second, name)})" for name in odd)
+        raise ValueError(f"{caller}: both sides must mask the same parameters, these differ: {sides}")
+
+
+def _shape(masks: Mapping[str, Tensor], name: str) -> list[int] | str:
+    return list(masks[name].shape) if name in masks else "absent"
