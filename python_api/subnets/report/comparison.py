@@ -8,32 +8,12 @@ from typing import TYPE_CHECKING
 from subnets.report.drawing import new_figure
 from subnets.report.page import Table
 from subnets.report.subnet_pages import draw_by_depth, facts
+from subnets.sharing import Overlap
 from subnets.subnet import Subnet
 from subnets.subnet_file import listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many weights of a parameter (or of several) two subnets keep: ``first``, ``second``, and ``both`` of them.
-
-    ``expected`` is what ``both`` would be of random subnets with as many weights in each parameter: k_a * k_b / size.
-    """
-
-    first: int
-    second: int
-    both: int
-    expected: float
-
-    def iou(self) -> float:
-        """Intersection over union; 1 where both are empty."""
-        return _over_union(self.both, self.first + self.second)
-
-    def iou_by_chance(self) -> float:
-        """As :meth:`iou`, of the expected intersection."""
-        return _over_union(self.expected, self.first + self.second)
 
 
 @dataclass(frozen=True)
@@ -63,10 +43,8 @@ class Comparison:
         overlaps, densities = {}, {}
         for name in alike:
             a, b = first.masks[name], second.masks[name]
-            kept = int(a.sum()), int(b.sum())
-            size = max(a.numel(), 1)
-            overlaps[name] = Overlap(*kept, int((a & b).sum()), kept[0] * kept[1] / size)
-            densities[name] = kept[0] / size, kept[1] / size
+            overlaps[name] = overlap = Overlap.of(a, b)
+            densities[name] = overlap.first / max(a.numel(), 1), overlap.second / max(a.numel(), 1)
         return cls(
             overlaps, densities, [n for n in first.masks if n not in common],
             [n for n in second.masks if n not in common], [n for n in common if n not in alike],
@@ -74,11 +52,7 @@ class Comparison:
 
     def total(self) -> Overlap:
         """All compared parameters together."""
-        every = self.overlaps.values()
-        return Overlap(
-            sum(o.first for o in every), sum(o.second for o in every), sum(o.both for o in every),
-            sum(o.expected for o in every),
-        )  # fmt: skip
+        return Overlap.total(self.overlaps.values())
 
     def table(self) -> Table:
         """Per parameter and in all: sizes, IoU, and the IoU of random subnets with as many weights."""
@@ -131,10 +105,6 @@ def _base_fact(first: Subnet, second: Subnet) -> str:
         f"different networks ({hashes}): a weight has no counterpart in the other network, unless both were trained "
         "from one initialisation; expect an IoU near chance"
     )
-
-
-def _over_union(both: float, sizes: float) -> float:
-    return both / (sizes - both) if sizes > both else 1.0
 
 
 def _shapes(subnet: Subnet) -> str:
