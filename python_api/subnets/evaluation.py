@@ -78,11 +78,11 @@ def evaluate_subnet(
     if not isinstance(controls, int) or isinstance(controls, bool) or controls < 0:
         raise ValueError(f"evaluate_subnet: controls must be an integer >= 0, got {controls!r}")
     subnet.parameters_in(model, "evaluate_subnet")
-    rows = _rows("full_model", 1.0, tests, [_scores(model, tests)])
+    rows = _rows("full_model", 1.0, tests, [scores_of(model, tests)])
     with subnet.applied(model):
-        rows += _rows("subnet", subnet.density(), tests, [_scores(model, tests)])
+        rows += _rows("subnet", subnet.density(), tests, [scores_of(model, tests)])
     with subnet.applied(model, mode="ablate"):
-        rows += _rows("complement", 1 - subnet.density(), tests, [_scores(model, tests)])
+        rows += _rows("complement", 1 - subnet.density(), tests, [scores_of(model, tests)])
     notes = []
     for condition, draw in (("sampled", subnet.sample_like), ("sampled_complement", subnet.complement_sample)):
         try:
@@ -93,21 +93,20 @@ def evaluate_subnet(
         scores = []
         for sample in samples:
             with sample.applied(model):
-                scores.append(_scores(model, tests))
+                scores.append(scores_of(model, tests))
         rows += _rows(condition, subnet.density(), tests, scores)
     return SubnetTable(rows, notes)
 
 
-def _scores(model: nn.Module, tests: Mapping[str, Test]) -> dict[str, float]:
+def scores_of(model: nn.Module, tests: Mapping[str, Test], caller: str = "evaluate_subnet") -> dict[str, float]:
+    """Return what each test gives of the model; ``caller`` begins the TypeError about one that gives no number."""
     scores = {}
     for name, test in tests.items():
         score = test(model)
         try:
             scores[name] = float(score.detach() if isinstance(score, torch.Tensor) else score)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"evaluate_subnet: test {name!r} must return a float, got {type(score).__name__}"
-            ) from error
+            raise TypeError(f"{caller}: test {name!r} must return a float, got {type(score).__name__}") from error
     return scores
 
 
