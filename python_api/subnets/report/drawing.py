@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from subnets.training.files import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+MOST_NUMBERED = 12  # rows and columns up to which a matrix has its numbers written in
 COLORS = {
     "subnet": "#0072b2",
     "subnet_trainable": "#56b4e9",
@@ -48,6 +51,29 @@ def save_figure(figure: Figure, path: Path, also: Sequence[str] = ()) -> Path:
         figure.savefig(stream, format=suffix, dpi=130, metadata=metadata)
         write_bytes(path.with_suffix(f".{suffix}"), stream.getvalue())
     return path
+
+
+def draw_matrix(axes: Axes, matrix: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Fractions [rows, columns] from 0 to 1 as colours, with labels, and numbers up to 12 rows and columns."""
+    axes.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=1)
+    size = 8 if max(matrix.shape) < 8 else 6
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 8 else 0, fontsize=size)
+    axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    if max(matrix.shape) <= MOST_NUMBERED:
+        for row, column in itertools.product(*map(range, matrix.shape)):
+            value = float(matrix[row, column])
+            color = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=size, color=color)
+
+
+def iou_matrices(found: Tensor, by_chance: Tensor, labels: Sequence[str]) -> Figure:
+    """IoU of every two subnets [n, n], beside that of random ones with as many weights in each parameter."""
+    side = min(3.0 + 0.3 * len(labels), 8.0)
+    figure, all_axes = new_figure(2, size=(2 * side, side + 0.6))
+    for axes, matrix, title in zip(all_axes, (found, by_chance), ("found", "random, same sizes"), strict=True):
+        draw_matrix(axes, matrix, labels, labels)
+        axes.set_title(title, fontsize=9)
+    return figure
 
 
 def draw_history(axes: Axes, histories: Sequence[Sequence[Mapping[str, Any]]], score: str) -> None:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from subnets.discovery import Discoveries
-from subnets.report.drawing import new_figure, save_figure
+from subnets.report.drawing import iou_matrices, new_figure, save_figure
 from subnets.report.page import Table, image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["stability_parts"]  # what the guide uses; the tables are for the experiments
-MOST_NUMBERED = 12  # members up to which an IoU matrix has its numbers written in
 MOST_MAPS = 16  # layers whose keep frequency is shown weight by weight
 
 
@@ -199,22 +198,9 @@ def _keep_maps(found: Discoveries, lam: float, score_init: float) -> Figure:
 
 
 def _iou_figure(found: Discoveries) -> Figure:
-    side = min(3.0 + 0.3 * len(found), 8.0)
-    figure, (left, right) = new_figure(2, size=(2 * side, side))
     order = sorted(range(len(found)), key=lambda i: [found[i].settings[n] for n in ("score_init", "lam", "seed")])
     labels = [_label(found, found[i].settings) for i in order]
-    for axes, full, title in ((left, found.iou(), "found"), (right, found.expected_iou(), "random, same sizes")):
-        matrix = full[order][:, order]
-        axes.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=1)
-        axes.set_title(title, fontsize=9)
-        axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(found)), labels, fontsize=6)
-        if len(found) <= MOST_NUMBERED:
-            for row, column in itertools.product(range(len(found)), repeat=2):
-                value = float(matrix[row, column])
-                color = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
-    return figure
+    return iou_matrices(found.iou()[order][:, order], found.expected_iou()[order][:, order], labels)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
