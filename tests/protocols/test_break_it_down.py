@@ -130,6 +130,27 @@ def measured(own, sub, abl, chance=0.25, clip=True, name="i"):
     return Subroutine(name, 0.1, own, sub, abl, chance, clip)
 
 
+def test_rounding_of_fp32_accuracies_decides_nothing():
+    tenth = torch.tensor(0.1).item()  # .100000001
+    one = measured(1, (1, 0.1), (0.1, tenth), chance=0.1)
+    assert one.delta_abl < 0 and not one.is_selective
+    grid = {"first": BreakItDown({"i": measured(1, (1, 0.1), (0.1, 0.1), chance=0.1)}, {}, "zero")}
+    grid["second"] = BreakItDown({"i": one}, {}, "zero")
+    assert choose_by_quality(grid) == {"i": "first"} and grid["second"].verdict("i") == "no: delta_abl >= 0"
+    assert "-0.0000" not in grid["second"].table().text()
+    assert measured(torch.tensor(0.9).item(), (1, 0.1), (0.1, 0.5)).quality > 0  # .899999976 is .9
+
+
+def test_a_difference_up_to_the_margin_counts_as_none():
+    model, noise = two_parts(), BreakItDown({"f": measured(1, (1, 0.24), (0.24, 0.27), name="i")}, {}, "zero")
+    assert noise["f"].is_selective  # 27 % against 25 % by chance
+    one = Subroutine("i", 0.1, 1.0, {"i": 1, "j": 0.24}, {"i": 0.24, "j": 0.27}, 0.25, True, 0.05)
+    assert not one.is_selective and one.lacking == ["delta_abl >= -0.05"]
+    assert break_it_down(model, masks(), TESTS, chance=0.25, margin=0.74)["f"].is_selective
+    found = break_it_down(model, masks(), TESTS, chance=0.25, margin=0.75)
+    assert found.verdict("f") == "no: delta_sub <= 0.75 and delta_abl >= -0.75"
+
+
 def test_quality_by_hand():
     assert measured(0.89, (1, 0), (0.1, 1)).quality == 0  # fails its own task
     assert measured(0.90, (1, 0), (0.1, 1)).quality == 0.75 == measured(1, (1, 0), (0.1, 1)).quality
@@ -308,6 +329,7 @@ def test_what_can_not_be_measured_is_refused_in_words():
     refused("from 0 to 1, test 'g' returned 97.5", evaluate={"f": TESTS["f"], "g": lambda model: 97.5})
     refused("test 'f' returned nan", evaluate={"f": lambda model: math.nan, "g": TESTS["g"]})
     refused("the target's test and another one, got only \\['f'\\]", subnets={"f": f}, evaluate={"f": TESTS["f"]})
+    refused("margin must be in", margin=-0.1)
     refused("needs both random_model and random_subnets", random_model=two_parts())
     refused("another network than model", random_model=model, random_subnets=masks())
     refused("must have the subroutines .*'g'\\], got \\['f'\\]", random_model=two_parts(), random_subnets={"f": f})

@@ -15,7 +15,12 @@ from ..sharing import Sharing, check_subnets, shared_weights
 from ..subnet import Subnet
 from .accuracies import accuracies_of, check_functions, function_accuracies
 
+TIE = 1e-6  # accuracies closer than this are equal: tests often return fp32
 MIN_OWN = 0.9  # the authors': a mask that does its own task less well has quality 0
+_ACCURACIES = {
+    "sub_target": ("subnet", "target"), "sub_other": ("subnet", "other"),
+    "abl_target": ("ablated", "target"), "abl_other": ("ablated", "other"),
+}  # fmt: skip
 Setting = TypeVar("Setting")
 Subnets = Mapping[str, Subnet]
 
@@ -34,6 +39,7 @@ class Subroutine:
         subnet, ablated: function to raw accuracy of the subnet alone (Sub), and of the network without it (Abl).
         chance: accuracy of guessing.
         clip: whether accuracies below chance count as chance.
+        margin: a difference up to it, or up to 1e-6, which is rounding, counts as none.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Subroutine:
     ablated: dict[str, float]
     chance: float
     clip: bool = True
+    margin: float = 0.0
 
     @property
     def delta_sub(self) -> float:
@@ -61,12 +68,20 @@ class Subroutine:
         At most 1 - chance. It may be negative, so that a mask that fails its own task (0) beats one whose removal hurts
         the other function more.
         """
-        return 0.0 if self.own < MIN_OWN else -self.delta_abl
+        return 0.0 if self.own < MIN_OWN - TIE else 0.0 - self.delta_abl
 
     @property
     def is_selective(self) -> bool:
-        """Do both differences have the sign that a part of its own would give?"""
-        return self.delta_sub > 0 and self.delta_abl < 0
+        """Do both differences have the sign that a part of its own would give, by more than the margin?"""
+        return not self.lacking
+
+    @property
+    def lacking(self) -> list[str]:
+        """The differences that do not have that sign, as "delta_sub <= 0" and "delta_abl >= 0"."""
+        least = max(self.margin, TIE)
+        lacking = {f"delta_sub <= {self.margin:g}": self.delta_sub <= least}
+        lacking[f"delta_abl >= {0.0 - self.margin:g}"] = self.delta_abl >= -least
+        return [what for what, is_lacking in lacking.items() if is_lacking]
 
     def accuracy(self, part: str, on: str, *, clip: bool = False) -> float:
         """Return one of the four accuracies, raw or clipped.
@@ -110,18 +125,16 @@ class BreakItDown:
         return self.subroutines[name]
 
     def is_compositional(self, name: str) -> bool | None:
-        """Return whether a subroutine has a part of its own: delta_sub > 0 and delta_abl < 0, and not both in the
-        control with random weights. None where both hold and no control was run."""
+        """Return whether a subroutine has a part of its own: delta_sub > 0 and delta_abl < 0, by more than the
+        margin, and not both in the control with random weights. None where both hold and no control was run."""
         if not self[name].is_selective:
             return False
         return None if self.control is None else not self.control[name].is_selective
 
     def verdict(self, name: str) -> str:
         """Return `is_compositional` in words, with the reason."""
-        one = self[name]
-        if not one.is_selective:
-            reasons = ["delta_sub <= 0"] * (one.delta_sub <= 0) + ["delta_abl >= 0"] * (one.delta_abl >= 0)
-            return "no: " + " and ".join(reasons)
+        if not self[name].is_selective:
+            return "no: " + " and ".join(self[name].lacking)
         answers = {None: "open: no control with random weights", True: "yes", False: "no: random weights show it too"}
         return answers[self.is_compositional(name)]
 
@@ -135,16 +148,19 @@ class BreakItDown:
         return rows + [_row(one, "random", "") for one in (self.control.subroutines.values() if self.control else ())]
 
     def table(self) -> Table:
-        """Return `rows` as a table."""
-        rows = self.rows()
-        numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
-        lines = [[f"{r['subroutine']}, {r['base']}", *(f"{r[key]:.4f}" for key in numbers), r["verdict"]] for r in rows]
-        return Table(f"Break It Down (ablation: {self.ablation})", ["subroutine", *numbers, "compositional"], lines)
+        """Return `rows` as a table: raw accuracies, and differences and Q of what they count as."""
+        shown = ("density", "own", *_ACCURACIES, "delta_sub", "delta_abl", "quality")
+        lines = [
+            [f"{r['subroutine']}, {r['base']}", *(f"{round(r[key], 4) + 0.0:.4f}" for key in shown), r["verdict"]]
+            for r in self.rows()
+        ]
+        return Table(f"Break It Down (ablation: {self.ablation})", ["subroutine", *shown, "compositional"], lines)
 
 
 def break_it_down(
     model: nn.Module, subnets: Subnets, evaluate: Mapping[str, Test], *, chance: float,
-    own: Mapping[str, Test] | None = None, clip: bool = True, ablation: str = "zero", seed: int = 0,
+    own: Mapping[str, Test] | None = None, clip: bool = True, margin: float = 0.0,
+    ablation: str = "zero", seed: int = 0,
     random_model: nn.Module | None = None, random_subnets: Subnets | Callable[[nn.Module], Subnets] | None = None,
 ) -> BreakItDown:  # fmt: skip
     """Return whether the network does each subroutine in a part of its own (structural compositionality).
@@ -163,6 +179,9 @@ def break_it_down(
         chance: accuracy of guessing, in [0, 1): 1/4 for four items.
         own: subroutine to test on data like the mask's training data, for Q; None takes its test of ``evaluate``.
         clip: count accuracies below chance as chance, as the authors do. Raw ones are kept and shown as well.
+        margin: differences up to it count as none in the verdict. Set it above your tests' sampling error (1,000
+            examples at chance 1/4: accuracies have a standard deviation of .014); at 0, the definition to the letter,
+            mere noise of the control can pass for a part of its own.
         ablation, seed: what becomes of ablated weights, as in `function_accuracies`.
         random_model: the same architecture with random weights, unmasked; restored bit for bit.
         random_subnets: masks that were trained on it in the same way, of the same names, or a function of it that
@@ -170,8 +189,8 @@ def break_it_down(
 
     Raises:
         TypeError: tests that are no functions or return no number, subnets that are none.
-        ValueError: chance out of range, an unknown ablation, fewer than two functions, a subnet without a test, masks
-            of different names or shapes, half a control, or an accuracy that is not from 0 to 1.
+        ValueError: chance or margin out of range, an unknown ablation, fewer than two functions, a subnet without a
+            test, masks of different names or shapes, half a control, or an accuracy that is not from 0 to 1.
 
     Source: Lepori, Serre, Pavlick, "Break It Down: Evidence for Structural Compositionality in Neural Networks"
     (NeurIPS 2023): zero and random ablation, clipping, Q.
@@ -182,6 +201,8 @@ def break_it_down(
         raise ValueError(f"{caller}: evaluate must have the target's test and another one, got only {list(evaluate)}")
     if isinstance(chance, bool) or not isinstance(chance, (int, float)) or not 0 <= chance < 1:
         raise ValueError(f"{caller}: chance must be in [0, 1), the accuracy of guessing, got {chance!r}")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+        raise ValueError(f"{caller}: margin must be in [0, 1), a difference of accuracies, got {margin!r}")
     if (random_model is None) != (random_subnets is None):
         raise ValueError(f"{caller}: the control needs both random_model and random_subnets, got one of them")
     if random_model is not None and random_model is model:
@@ -200,7 +221,7 @@ def break_it_down(
                 with subnet.applied(base):
                     its_own = accuracies_of(base, {name: own[name]}, caller)[name]
             subroutines[name] = Subroutine(
-                name, subnet.density(), its_own, found.subnet[name], found.ablated[name], float(chance), clip
+                name, subnet.density(), its_own, found.subnet[name], found.ablated[name], float(chance), clip, margin
             )
         sharing = shared_weights(masks) if len(masks) > 1 else None
         return BreakItDown(subroutines, found.whole, ablation, sharing)
@@ -231,7 +252,11 @@ def choose_by_quality(grid: Mapping[Setting, BreakItDown]) -> dict[str, Setting]
     names = [list(result.subroutines) for result in grid.values()]
     if any(set(its) != set(names[0]) for its in names):
         raise ValueError(f"choose_by_quality: all results must have the same subroutines, got {names}")
-    return {name: max(grid, key=lambda setting: grid[setting][name].quality) for name in names[0]}
+    best = {name: max(result[name].quality for result in grid.values()) for name in names[0]}
+    return {
+        name: next(setting for setting, result in grid.items() if result[name].quality >= best[name] - TIE)
+        for name in names[0]
+    }
 
 
 def _check_masks(subnets: Subnets, evaluate: Mapping[str, Test], own: Mapping[str, Test], caller: str) -> None:
@@ -246,11 +271,7 @@ def _check_masks(subnets: Subnets, evaluate: Mapping[str, Test], own: Mapping[st
 
 
 def _row(one: Subroutine, base: str, verdict: str) -> dict[str, Any]:
-    raw = {
-        f"{short}_{on}": one.accuracy(part, on)
-        for short, part in (("sub", "subnet"), ("abl", "ablated"))
-        for on in ("target", "other")
-    }
+    raw = {key: one.accuracy(*which) for key, which in _ACCURACIES.items()}
     return {
         "subroutine": one.name, "base": base, "density": one.density, "own": one.own, **raw,
         "delta_sub": one.delta_sub, "delta_abl": one.delta_abl,
