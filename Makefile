@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # where there is a C++ compiler, a missing extension is a failure, not a reason to skip its tests
 REQUIRE := $(if $(shell command -v $${CXX:-g++}),--require-backend cpu)
 # what the API reference documents: packages and modules that the guides import from
-API := subnets subnets.clustering subnets.methods subnet_kernels subnets.training.member_training subnets.training.stacked_module subnets.report.stability subnets.trainer subnets.distributed
+API := subnets subnets.clustering subnets.methods subnets.protocols subnets.report.protocols subnet_kernels subnets.training.member_training subnets.training.stacked_module subnets.report.stability subnets.trainer subnets.distributed
 IS_LINUX := $(filter Linux,$(shell uname))  # there is no Triton elsewhere
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 
