@@ -92,7 +92,11 @@ def over_runs(runs: Sequence[BreakItDown], groups: Sequence[Hashable] | None = N
 
 
 def runs_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return `over_runs` as a table: mean +- standard deviation, and p values (those beside a control last)."""
+    """Return `over_runs` as a table: mean ± standard deviation, and p values (those beside a control last).
+
+    Args:
+        rows: of `over_runs`.
+    """
     lines = [
         [f"{r['subroutine']}, {r['base']}", str(r["runs"]),
          *(f"{r[key]:+.3f} ± {r[key + '_std']:.3f}" for key in ("delta_sub", "delta_abl")), f"{r['quality']:.3f}",

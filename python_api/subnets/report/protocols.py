@@ -98,7 +98,7 @@ def deltas_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     delta_sub above and delta_abl below zero. Bars are one standard deviation, where there are several runs.
 
     Args:
-        rows: of `BreakItDown.rows`, or of `subnets.protocols.over_runs`.
+        rows: of `subnets.protocols.BreakItDown.rows`, or of `subnets.protocols.over_runs`.
     """
     names = list(dict.fromkeys(row["subroutine"] for row in rows))
     bases = list(dict.fromkeys(row["base"] for row in rows))
