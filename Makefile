@@ -56,14 +56,14 @@ demo: setup
 
 test: cutlass
 	@$(BIN)/python -m pytest -n 2 $(REQUIRE) tests subnet_kernels python_api
-	$(if $(IS_LINUX),@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton.py)
+	$(if $(IS_LINUX),@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton.py tests/kernels/test_triton_sampled.py)
 
 # the PyTorch 2.11 generation's Triton, in an environment of its own; not part of CI
 test-triton36:
 	@test -x .venv36/bin/python || $(PYTHON) -m venv .venv36
 	@.venv36/bin/pip --disable-pip-version-check install -q torch==2.13.0 triton==3.6.0 "numpy<2.4" pytest safetensors tqdm
 	@PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton_ahead.py
-	@TRITON_INTERPRET=1 PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton.py
+	@TRITON_INTERPRET=1 PYTHONPATH=.:python_api .venv36/bin/python -m pytest -q tests/kernels/test_triton.py tests/kernels/test_triton_sampled.py
 
 lint: setup
 	@$(BIN)/ruff check .

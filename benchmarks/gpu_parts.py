@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TIMING = TimingConfig(num_rounds=31, min_rounds=11, budget_s=2.0)
 _running: dict[str, subprocess.Popen[bytes]] = {}
-GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_triton.py")
+GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_triton.py", "tests/kernels/test_triton_sampled.py")
 COMPILED_LINEAR = ("768x3072_m1024", "768x3072_m10240", "4096x11008_m4096", "512x128_m10240")  # those with aims first
 
 

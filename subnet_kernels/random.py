@@ -42,6 +42,21 @@ def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return a, b, c, d
 
 
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """A mask of this shape as a matrix: the first dimension is the row, all others together are the column."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def check_samples(first_sample: int, num_samples: int) -> None:
+    """The numbers of all samples fit into the counter's 32 bits.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not 0 <= first_sample <= _WORD - num_samples:
+        raise ValueError(f"random_bits: first_sample must be in [0, 2^32 - num_samples), got {first_sample}")
+
+
 def random_bits(
     seed: int | Tensor, offset: int | Tensor, shape: Sequence[int], num_samples: int = 1,
     device: torch.device | str | None = None, first_sample: int = 0,
@@ -79,9 +94,8 @@ def random_bits(
     sizes = [int(size) for size in shape]
     if num_samples < 0 or any(size < 0 for size in sizes):
         raise ValueError(f"random_bits: sizes must not be negative, got {num_samples} samples of shape {sizes}")
-    rows, columns = (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
-    if not 0 <= first_sample <= _WORD - num_samples:
-        raise ValueError(f"random_bits: first_sample must be in [0, 2^32 - num_samples), got {first_sample}")
+    rows, columns = rows_and_columns(sizes)
+    check_samples(first_sample, num_samples)
     seed, offset = _tensors(seed, offset, num_samples, device)
     if native.serves(seed):
         out = torch.empty(num_samples, rows, columns, dtype=torch.uint16, device=seed.device)

@@ -21,6 +21,7 @@ from .layout import empty_of_masks
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and products in C++, CUDA and Triton
 DRAWN_KINDS = ("gumbel", "bernoulli")  # which they draw by comparing with thresholds
 KIND_CODES = {"sigmoid": 0, "hard": 1}  # how their kernels name the mask kinds that they have
+SAMPLED = "sampled_weight"  # the op of a call that draws masks
 PLANS = (None, "cached", "fused", "recompute")
 
 
@@ -41,6 +42,13 @@ class Call(NamedTuple):
     num_dims: int = 2
     is_same_shape: bool = True
     num_weights: int = 0  # up to the next power of two; 0 where it does not matter
+
+
+def sampled_refusal(call: Call) -> str | None:
+    """Why the kernels in C++, CUDA and Triton do not draw the masks of a call, if they don't."""
+    if call.kind not in DRAWN_KINDS:
+        return f"kind {call.kind!r} is not drawn here ({', '.join(DRAWN_KINDS)} are)"
+    return None if call.is_same_shape else "sampled masks of units are not built here (one score per weight is)"
 
 
 class ConvArgs(NamedTuple):
@@ -231,7 +239,7 @@ class Backend:
         product; None where there is none or the vendor's way is faster."""
         return None
 
-    # --- sampled masks: a kind of one sample, with its key ----------------------------------------------------------
+    # --- sampled masks: a kind of one sample, or all of its samples; with its key -----------------------------------
 
     def keep_thresholds(self, scores: Tensor, beta: Tensor, kind: SampledKind) -> Tensor | None:
         """What draws are compared with, by masks.keep_thresholds: uint16 of scores' shape; None for kinds that this
@@ -245,12 +253,26 @@ class Backend:
         m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
         out.copy_(weight.to(m.dtype) * m)
 
+    def sampled_weights(
+        self, weight: Tensor, scores: Tensor, thresholds: Tensor | None, beta: Tensor, kind: SampledKind, out: Tensor
+    ) -> None:
+        """The same for each of the kind's samples: out [samples, *weight.shape]."""
+        for part, one in zip(out.unbind(), kind.each(), strict=True):
+            self.sampled_weight(weight, scores, thresholds, beta, one, part)
+
     def sampled_grad_scores_(
         self, grad_scores: Tensor, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: SampledKind
     ) -> None:
         """grad_scores += sum over the weights of a score of grad_w_eff * weight, times slope."""
         product = grad_w_eff.to(scores.dtype) * weight.to(scores.dtype)
         grad_scores += sum_to_scores(product, tuple(scores.shape)) * kind.slope(scores, beta)
+
+    def sampled_grad_scores_of_all_(
+        self, grad_scores: Tensor, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: SampledKind
+    ) -> None:
+        """The same for all of the kind's samples: grad_w_eff [samples, *weight.shape]."""
+        for part, one in zip(grad_w_eff.unbind(), kind.each(), strict=True):
+            self.sampled_grad_scores_(grad_scores, part, weight, scores, beta, one)
 
     # --- the step ---------------------------------------------------------------------------------------------------
 

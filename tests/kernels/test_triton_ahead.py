@@ -19,6 +19,7 @@ from subnet_kernels.backends.triton import (
     linear_step,
     mask_adamw,
     masked_product,
+    sampled,
     score_gradient,
     units,
 )
@@ -46,7 +47,7 @@ def test_no_spills_tensor_cores_where_they_belong_and_the_committed_table(name, 
 
 
 def test_no_kernel_is_left_out():
-    modules = (convolution, elementwise, linear_step, mask_adamw, masked_product, score_gradient, units)
+    modules = (convolution, elementwise, linear_step, mask_adamw, masked_product, sampled, score_gradient, units)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert written == {build.kernel.__name__ for build in BUILDS.values()}
 

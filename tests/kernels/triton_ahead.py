@@ -21,6 +21,7 @@ from subnet_kernels.backends.triton import (
     linear_step,
     mask_adamw,
     masked_product,
+    sampled,
     score_gradient,
     units,
 )
@@ -116,13 +117,26 @@ def builds() -> Iterator[Build]:
                     yield _gemm(masked_product.masked_product_kernel, (label, what, "rows"), dtype, coarse, config)
             yield from _convolutions(dtype, label, {**product, "x_column": None})
         yield from _steps(dtype)
+        yield from _sampled(dtype)
     finish = {**flat, "HAS_PENALTY": True, "KIND": 0}
     yield Build(units.finish_scores_kernel, "", "fp32", finish, warps)
+    yield Build(sampled.keep_thresholds_kernel, "", "fp32", flat, warps)
     for reads_lam in (False, True):
         label = "lam on the device" if reads_lam else ""
         constants = {**flat, "KIND": 0, "READS_LAM": reads_lam}
         yield Build(elementwise.add_penalty_grad_kernel, label, "fp32", constants, warps)
     yield Build(elementwise.add_up_kernel, "", "fp32", {"BLOCK": configs.ADD_UP.block}, configs.ADD_UP.num_warps)
+
+
+def _sampled(dtype: str) -> Iterator[Build]:
+    """Effective weights and score gradients of sampled masks."""
+    flat, warps = {"BLOCK": configs.SAMPLED.block}, configs.SAMPLED.num_warps
+    for special in ("", ODD) if dtype == "bf16" else ("",):
+        yield Build(sampled.sampled_weight_kernel, special, dtype, flat, warps)
+        for kind in ("gumbel", "bernoulli"):
+            label = ", ".join(part for part in (kind, special) if part)
+            constants = {**flat, "HAS_NOISE": kind == "gumbel"}
+            yield Build(sampled.sampled_grad_scores_kernel, label, dtype, constants, warps)
 
 
 def _steps(dtype: str) -> Iterator[Build]:
@@ -203,17 +217,20 @@ _POINTERS = {
     "out": "W", "scores": "fp32", "beta": "fp32", "partials": "fp32", "sums": "fp32", "grad_penalty": "fp32",
     "lam": "fp32", "grad_scores": "fp32", "grads": "fp32", "parts": "fp32", "table": "i64", "block_tensor": "i32",
     "block_first": "i64", "places": "i64", "exp_avg": "fp32", "exp_avg_sq": "fp32", "next_beta": "fp32", "step": "fp32",
+    "thresholds": "u16", "key": "i64",
 }  # fmt: skip
 
 
 _ANY_NUMBER = {
     "steps_per_part", "num_parts", "num_scores", "per_score", "per_part",
     *(f"{what}_{d}" for what in ("size", "group") for d in range(4)), "group_row", "group_column", "score_row",
-    "score_column", "num_pixels", "num_masks",
+    "score_column", "num_pixels", "num_masks", "groups", "num_groups", "first_sample",
 }  # fmt: skip  # arguments that are no multiples of 16 as a rule
 
 
-_SIZES = {"m", "n", "k", "x_row", "grad_out_row", "weight_row", "weight_column", "x_mask", "grad_out_mask"}
+_SIZES = {
+    "m", "n", "k", "num", "columns", "x_row", "grad_out_row", "weight_row", "weight_column", "x_mask", "grad_out_mask",
+}
 _TUPLES = {
     "sizes": 6, "window": 6, "x_strides": 4, "out_strides": 4, "grad_strides": 4, "weight_strides": 4,
     "score_strides": 4, "score_groups": 4, "numbers": 7,
@@ -225,7 +242,7 @@ def _type_of(name: str, build: Build) -> str:
         return "constexpr"
     if name == "lr" or (name == "lam" and not build.constants.get("READS_LAM")):
         return "fp32"
-    if name == "scale" or (name == "per_score" and "HAS_PENALTY" in build.constants):
+    if name in ("scale", "tau") or (name == "per_score" and "HAS_PENALTY" in build.constants):
         return "fp32"
     if name in ("exp_avg", "exp_avg_sq") and BF16_MOMENTS in build.label:
         return "*bf16"

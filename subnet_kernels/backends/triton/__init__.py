@@ -1,8 +1,8 @@
 """The Triton backend. Triton is imported when the backend is first considered for a GPU.
 
-mask.py: the mask functions; rounding.py: rounding to bf16. Kernels: elementwise.py, units.py (coarse scores),
-mask_adamw.py, masked_product.py, score_gradient.py, linear_step.py, convolution.py. configs.py: their tiles; rules.py:
-which tiles, and where a kernel is used. launch.py and products.py call them.
+mask.py: the mask functions; rounding.py: rounding to bf16; philox.py: draws. Kernels: elementwise.py, units.py (coarse
+scores), sampled.py, mask_adamw.py, masked_product.py, score_gradient.py, linear_step.py, convolution.py. configs.py:
+their tiles; rules.py: which tiles, and where a kernel is used. launch.py, products.py and sampled.py call them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..base import KERNEL_DTYPES, KIND_CODES, Backend, Call
+from ..base import KERNEL_DTYPES, KIND_CODES, SAMPLED, Backend, Call, sampled_refusal
 
 
 @functools.cache
@@ -64,6 +64,8 @@ class TritonBackend(Backend):
             return reason
         if call.weight_dtype not in KERNEL_DTYPES or call.compute_dtype not in KERNEL_DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
+        if call.op == SAMPLED:
+            return sampled_refusal(call)
         if call.kind not in KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 and not call.is_same_shape:
@@ -92,6 +94,7 @@ def _hand_over(name: str) -> Any:
 for _name in (
     "effective_weight", "effective_weights", "grad_scores", "grad_scores_of_many", "add_penalty_grad_",
     "mask_adamw_", "linear_step_", "plan_of", "masked_linear", "linear_grad_x", "linear_grad_scores",
-    "linear_grad_scores_of_masks", "masked_conv2d", "masked_conv2d_backward",
+    "linear_grad_scores_of_masks", "masked_conv2d", "masked_conv2d_backward", "keep_thresholds", "sampled_weight",
+    "sampled_weights", "sampled_grad_scores_", "sampled_grad_scores_of_all_",
 ):  # fmt: skip
     setattr(TritonBackend, _name, _hand_over(_name))

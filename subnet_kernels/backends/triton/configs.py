@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A kernel over a flat range."""
+    """A kernel over a flat range. block: elements of a program; of SAMPLED, groups of eight."""
 
     block: int
     num_warps: int
@@ -32,6 +32,7 @@ class Gemm:
 
 
 ELEMENTWISE = Elementwise(1024, 4, "8 values a thread: 16-byte accesses where sizes are multiples of 16; few registers")
+SAMPLED = Elementwise(128, 4, "groups of eight columns: one Philox call and 16-byte accesses a thread and mask")
 SCORE_SUMS = Elementwise(512, 4, "one program adds the weights of one score, or a part of them")
 ADD_UP = Elementwise(256, 4, "one program adds a tensor's partial sums")
 

@@ -21,6 +21,7 @@ from .convolution import conv_score_gradient_kernel, masked_conv_kernel
 from .launch import IS_INTERPRETED, TritonElementwise, on_device_of, step_arguments
 from .linear_step import linear_step_kernel, step_of_parts_kernel
 from .masked_product import masked_product_kernel
+from .sampled import TritonSampled
 from .score_gradient import add_parts_kernel, score_gradient_kernel, score_gradients_of_masks_kernel
 
 
@@ -94,7 +95,7 @@ def _image(pixels: Tensor, like: Tensor) -> Tensor:
     return pixels.view(batch, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
-class TritonKernels(TritonElementwise):
+class TritonKernels(TritonSampled, TritonElementwise):
     """The methods of TritonBackend (what that refuses does not come here)."""
 
     # --- linear ---------------------------------------------------------------------------------------------------
