@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import Backend, ConvArgs, as_matrix, linear_of_masks
+from ..backends.base import SAMPLED, Backend, ConvArgs, as_matrix, linear_of_masks
 from ..dispatch import choose_for
 from ..masks import MaskKind, SampledKind, expand_scores, weights_per_score
 from .many_masks import conv2d_of_masks
@@ -22,7 +22,7 @@ from .once import differentiable_once
 
 def choose_sampled(weight: Tensor, scores: Tensor, kind: str, dtype: torch.dtype, backend: str | None) -> Backend:
     """The backend that makes sampled effective weights and their gradients."""
-    return choose_for("sampled_weight", weight, scores, kind, dtype, None, backend)
+    return choose_for(SAMPLED, weight, scores, kind, dtype, None, backend)
 
 
 def check_key(op: str, kind: MaskKind, key: Tensor | None, scores: Tensor) -> MaskKind:
@@ -84,8 +84,7 @@ def sampled_effective_weight(
     """(w_eff of weight's shape, or [samples, ...] if there are several; penalty, 0-d)."""
     thresholds = backend.keep_thresholds(scores, beta, kind)
     w_eff = torch.empty((kind.samples, *weight.shape), dtype=dtype, device=weight.device)
-    for out, one in zip(w_eff.unbind(), kind.each(), strict=True):
-        backend.sampled_weight(weight, scores, thresholds, beta, one, out)
+    backend.sampled_weights(weight, scores, thresholds, beta, kind, w_eff)
     return w_eff if kind.samples > 1 else w_eff[0], penalty_of(weight, scores, beta, kind)
 
 
@@ -117,11 +116,11 @@ def sampled_effective_weight_backward(
     grad_scores = _penalty_gradient(grad_penalty, weight, scores, beta, kind) if needs_scores else None
     grad_weight = None
     if grad_w_eff is not None:
-        parts = grad_w_eff.unbind() if kind.samples > 1 else [grad_w_eff]
-        for part, one in zip(parts, kind.each(), strict=True):
-            if grad_scores is not None:
-                backend.sampled_grad_scores_(grad_scores, part, weight, scores, beta, one)
-            if needs_weight:
+        parts = grad_w_eff if kind.samples > 1 else grad_w_eff.unsqueeze(0)
+        if grad_scores is not None:
+            backend.sampled_grad_scores_of_all_(grad_scores, parts, weight, scores, beta, kind)
+        if needs_weight:
+            for part, one in zip(parts.unbind(), kind.each(), strict=True):
                 made = _weight_gradient(part, weight, scores, beta, one)
                 grad_weight = made if grad_weight is None else grad_weight.add_(made)
     return grad_scores, grad_weight
