@@ -56,8 +56,8 @@ def natives():
     return CAPABILITIES, capability
 
 
-def on_host(seed, given):
-    cuda_on_host.OnHost().ops.random_bits(seed, torch.tensor(OFFSET - 2**64), 0, given)
+def on_host(seed, given, first_sample=0):
+    cuda_on_host.OnHost().ops.random_bits(seed, torch.tensor(OFFSET - 2**64), first_sample, given)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -93,6 +93,22 @@ def test_python_every_cpu_capability_and_the_cuda_kernel_draw_the_same_bits(shap
         given = out[begin : begin + wanted.numel()].view(wanted.shape)
         on_host(torch.tensor(SEED), given)
         assert torch.equal(given.to(torch.int32), wanted)
+
+
+def test_samples_may_be_numbered_from_any_number():
+    natives()
+    first, seed, offset = 2**32 - 3, torch.tensor(SEED), torch.tensor(OFFSET - 2**64)
+    wanted = plain_random_bits(seed, offset, 2, 5, 19, first).to(torch.int32)
+    for sample in range(2):
+        (drawn,) = philox4x32(words(4, 2, first + sample, 7), words(0x9ABCDEF0, 0x12345678))[:1]
+        assert wanted[sample, 4, 17] == int(drawn) >> 16
+    assert torch.equal(sk.random_bits(SEED, OFFSET, (5, 19), 2, first_sample=first).to(torch.int32), wanted)
+    if cuda_on_host.compiler() is not None:
+        given = torch.zeros(2, 5, 19, dtype=torch.uint16)
+        on_host(seed, given, first)
+        assert torch.equal(given.to(torch.int32), wanted)
+    with pytest.raises(ValueError, match="first_sample must be in"):
+        sk.random_bits(SEED, OFFSET, (5, 19), 3, first_sample=first)
 
 
 def test_draws_do_not_depend_on_threads_or_on_what_else_is_drawn():
