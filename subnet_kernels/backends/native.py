@@ -13,9 +13,9 @@ from torch import Tensor
 from ..masks import Gumbel, MaskKind, SampledKind
 from . import small_conv
 from .base import (
-    DRAWN_KINDS,
     KERNEL_DTYPES,
     KIND_CODES,
+    SAMPLED,
     AdamW,
     Backend,
     Call,
@@ -24,6 +24,7 @@ from .base import (
     gradients_wanted,
     keeps_w_eff,
     numbers_of_entries,
+    sampled_refusal,
 )
 from .layout import aligned, is_dense, with_strides_of
 
@@ -99,10 +100,8 @@ class ExtensionBackend(Backend):
             return f"weight is on {call.device}"
         if call.weight_dtype not in KERNEL_DTYPES or call.compute_dtype not in KERNEL_DTYPES:
             return f"{call.weight_dtype} weight computed in {call.compute_dtype} is not among its dtypes"
-        if call.op == "sampled_weight":
-            if call.kind not in DRAWN_KINDS:
-                return f"kind {call.kind!r} is not drawn here ({', '.join(DRAWN_KINDS)} are)"
-            return None if call.is_same_shape else "sampled masks of units are not built here (one score per weight is)"
+        if call.op == SAMPLED:
+            return sampled_refusal(call)
         if call.kind not in KIND_CODES:
             return f"kind {call.kind!r} is not built here yet"
         if call.num_dims > 4 or call.num_dims < 1:
