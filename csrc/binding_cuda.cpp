@@ -300,6 +300,96 @@ void random_bits(const Tensor& seed, const Tensor& offset, int64_t first_sample,
   on.run([&](int device, void* stream) { return subnet::launch_random_bits(params, device, stream); });
 }
 
+// ---- sampled masks
+
+// Contiguous, of `count` elements.
+View dense_view(const OnGpu& on, const char* name, const Tensor& tensor, int64_t count) {
+  const View view = on.view(name, tensor);
+  STD_TORCH_CHECK(tensor.is_contiguous() && numel(view) == count, on.op, ": ", name, " must be contiguous with ", count,
+                  " elements, got shape ", text(view.ndim, view.size), " and strides ", text(view.ndim, view.stride));
+  return view;
+}
+
+float* dense_floats(const OnGpu& on, const char* name, const Tensor& tensor, int64_t count) {
+  on.floats(name, tensor);
+  return reinterpret_cast<float*>(dense_view(on, name, tensor, count).data);
+}
+
+uint16_t* thresholds_of(const OnGpu& on, const Tensor& thresholds, const Tensor& like) {
+  on.check("thresholds", thresholds);
+  check_like(on.op, "thresholds", thresholds, like);
+  return uint16_of(on.op, "thresholds", thresholds);
+}
+
+void keep_thresholds(const Tensor& scores, const Tensor& beta, const Tensor& out) {
+  const OnGpu on("keep_thresholds", beta);
+  subnet::CudaKeepThresholds params{};
+  params.num = scores.numel();
+  params.scores = dense_floats(on, "scores", scores, params.num);
+  params.thresholds = thresholds_of(on, out, scores);
+  params.beta = on.scalar("beta", beta);
+  on.run([&](int device, void* stream) { return subnet::launch_keep_thresholds(params, device, stream); });
+}
+
+subnet::CudaSampledMasks sampled_masks(const OnGpu& on, const Tensor& weight_, const Tensor& key, int64_t sample,
+                                       int64_t num_samples) {
+  STD_TORCH_CHECK(num_samples >= 1 && num_samples <= INT32_MAX && sample <= (int64_t)UINT32_MAX - num_samples, on.op,
+                  ": there must be at least one sample, numbered below 2^32, got ", num_samples, " from ", sample);
+  on.check("key", key);
+  const View weight = dense_view(on, "weight", weight_, weight_.numel());
+  subnet::CudaSampledMasks masks{};
+  masks.weight = weight.data;
+  masks.weight_dtype = weight.dtype;
+  masks.key = key_of(on.op, key);
+  masks.num = numel(weight);
+  masks.first_sample = first_sample_of(on.op, sample);
+  masks.num_masks = (int)num_samples;
+  int64_t rows, columns;
+  set_rows(weight_, &rows, &columns);
+  const int64_t num_groups = masks.num == 0 ? 0 : rows * ceil_div(columns, 8);
+  STD_TORCH_CHECK(num_groups <= INT32_MAX && columns <= INT32_MAX, on.op, ": weight may have ", INT32_MAX,
+                  " groups of eight columns, got ", num_groups);
+  masks.columns = (uint32_t)columns;
+  masks.num_groups = (uint32_t)num_groups;
+  return masks;
+}
+
+// out [num_samples, *weight's shape]
+void sampled_weights(const Tensor& weight, const Tensor& thresholds, const Tensor& key, int64_t sample,
+                     int64_t num_samples, const Tensor& out_) {
+  const OnGpu on("sampled_weights", weight);
+  subnet::CudaSampledWeights params{};
+  params.masks = sampled_masks(on, weight, key, sample, num_samples);
+  params.thresholds = thresholds_of(on, thresholds, weight);
+  const View out = dense_view(on, "out", out_, num_samples * params.masks.num);
+  check_disjoint(on.op, out, on.view("weight", weight));
+  params.w_eff = out.data;
+  params.w_eff_dtype = out.dtype;
+  on.run([&](int device, void* stream) { return subnet::launch_sampled_weights(params, device, stream); });
+}
+
+// grad_w_eff [num_samples, *weight's shape]. is_noisy: the noise of the draws is in the slope.
+void sampled_grad_scores_of_all(const Tensor& grad_w_eff_, const Tensor& weight, const Tensor& scores,
+                                const Tensor& beta, const Tensor& key, int64_t sample, int64_t num_samples, double tau,
+                                bool is_noisy, const Tensor& grad_scores_) {
+  const OnGpu on("sampled_grad_scores_of_all", beta);
+  subnet::CudaSampledGradScores params{};
+  params.masks = sampled_masks(on, weight, key, sample, num_samples);
+  const int64_t num = params.masks.num;
+  const View grad_w_eff = dense_view(on, "grad_w_eff", grad_w_eff_, num_samples * num);
+  params.grad_w_eff = grad_w_eff.data;
+  params.grad_dtype = grad_w_eff.dtype;
+  params.scores = dense_floats(on, "scores", scores, num);
+  params.grad_scores = dense_floats(on, "grad_scores", grad_scores_, num);
+  const View grad_scores = on.view("grad_scores", grad_scores_);
+  for (const Tensor* in : {&grad_w_eff_, &weight, &scores}) check_disjoint(on.op, grad_scores, on.view("an input", *in));
+  params.beta = on.scalar("beta", beta);
+  STD_TORCH_CHECK(std::isfinite(tau) && tau > 0, on.op, ": tau must be finite and > 0, got ", tau);
+  params.is_noisy = is_noisy;
+  params.tau = (float)tau;
+  on.run([&](int device, void* stream) { return subnet::launch_sampled_grad_scores(params, device, stream); });
+}
+
 // ---- pack_mask
 
 Tensor pack_mask(const Tensor& mask) {
@@ -371,6 +461,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SUBNET_GPU_OPS, m) {
         " float beta2, float eps, float weight_decay, float[] lams, Tensor[] lams_at) -> ()");
   m.def("masked_linear_few_rows(Tensor x, Tensor weight, Tensor scores, Tensor beta, Tensor? bias, Tensor(a!) out,"
         " Tensor(b!) penalty) -> ()");
+  m.def("sampled_weights(Tensor weight, Tensor thresholds, Tensor key, int sample, int num_samples, Tensor(a!) out)"
+        " -> ()");
+  m.def("sampled_grad_scores_of_all(Tensor grad_w_eff, Tensor weight, Tensor scores, Tensor beta, Tensor key,"
+        " int sample, int num_samples, float tau, bool is_noisy, Tensor(a!) grad_scores) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
@@ -382,6 +476,9 @@ STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
   m.impl("mask_adamw_of_many", TORCH_BOX(&mask_adamw_of_many));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("masked_linear_few_rows", TORCH_BOX(&masked_linear_few_rows));
+  m.impl("keep_thresholds", TORCH_BOX(&keep_thresholds));
+  m.impl("sampled_weights", TORCH_BOX(&sampled_weights));
+  m.impl("sampled_grad_scores_of_all", TORCH_BOX(&sampled_grad_scores_of_all));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
 }

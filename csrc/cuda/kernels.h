@@ -124,6 +124,49 @@ struct CudaRandomBits {
 };
 const char* launch_random_bits(const CudaRandomBits& params, int device, void* stream);
 
+// KeepThresholds with beta in memory.
+struct CudaKeepThresholds {
+  const float* scores;                    // [num]
+  uint16_t* thresholds;                   // [num]
+  const float* beta;                      // 0-d
+  int64_t num;
+};
+const char* launch_keep_thresholds(const CudaKeepThresholds& params, int device, void* stream);
+
+// Masks over one weight; their draws are those of RandomBits with this key.
+struct CudaSampledMasks {
+  const void* weight;                     // [rows, columns], weight_dtype
+  Dtype weight_dtype;
+  const int64_t* key;                     // [seed, step]
+  int64_t num;                            // rows * columns
+  uint32_t columns, num_groups;           // num_groups: rows * ceil(columns / 8)
+  uint32_t first_sample;                  // number of the first mask
+  int num_masks;
+};
+
+// w_eff = weight * 1[draw < threshold] of each mask.
+struct CudaSampledWeights {
+  CudaSampledMasks masks;
+  const uint16_t* thresholds;             // [rows, columns]
+  void* w_eff;                            // [num_masks, rows, columns], w_eff_dtype
+  Dtype w_eff_dtype;
+};
+const char* launch_sampled_weights(const CudaSampledWeights& params, int device, void* stream);
+
+// grad_scores += weight * sum over masks of grad_w_eff * slope; the slope is that of sigmoid((beta*s + noise)/tau) with the
+// mask's noise, or that of sigmoid(beta*s).
+struct CudaSampledGradScores {
+  CudaSampledMasks masks;
+  const void* grad_w_eff;                 // [num_masks, rows, columns], grad_dtype
+  Dtype grad_dtype;
+  const float* scores;                    // [rows, columns]
+  const float* beta;                      // 0-d
+  float* grad_scores;                     // [rows, columns]
+  bool is_noisy;
+  float tau;
+};
+const char* launch_sampled_grad_scores(const CudaSampledGradScores& params, int device, void* stream);
+
 const char* launch_pack_mask(const PackMask& params, int device, void* stream);
 const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream);
 

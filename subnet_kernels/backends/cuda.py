@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..masks import MaskKind
+from ..masks import Gumbel, MaskKind, SampledKind
 from . import cuda_gemm
 from .base import KIND_CODES, AdamW, Call, keeps_w_eff, numbers_of_entries
 from .layout import aligned, is_dense
@@ -78,6 +78,27 @@ class CudaBackend(ExtensionBackend):
         )  # fmt: skip
         written = [tensor for slot in slots if slot is not None for tensor in slot]
         _bump([*scores, *exp_avgs, *exp_avg_sqs, *written])
+
+    def sampled_weights(
+        self, weight: Tensor, scores: Tensor, thresholds: Tensor | None, beta: Tensor, kind: SampledKind, out: Tensor
+    ) -> None:
+        if thresholds is None:
+            thresholds = self.keep_thresholds(scores, beta, kind)
+        weight, op = weight.contiguous(), self.ops.sampled_weights.default
+        op(weight, thresholds, kind.key, kind.sample, kind.samples, out)
+        _bump(out)
+
+    def sampled_grad_scores_of_all_(
+        self, grad_scores: Tensor, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: SampledKind
+    ) -> None:
+        tau, is_noisy = (kind.tau, True) if isinstance(kind, Gumbel) else (1.0, False)
+        self.ops.sampled_grad_scores_of_all.default(
+            grad_w_eff.contiguous(), weight.contiguous(), scores.contiguous(), beta, kind.key, kind.sample,
+            kind.samples, tau, is_noisy, grad_scores,
+        )  # fmt: skip
+        _bump(grad_scores)
+
+    sampled_weight, sampled_grad_scores_ = sampled_weights, sampled_grad_scores_of_all_  # of one sample: the same
 
     def masked_linear(
         self, x: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, bias: Tensor | None, kind: MaskKind,

@@ -6,10 +6,10 @@ import ctypes
 import pytest
 import torch
 
-from benchmarks import gpu_cuda, gpu_masks
-from subnet_kernels import dispatch
+from benchmarks import gpu_cuda, gpu_masks, gpu_sampled
+from subnet_kernels import dispatch, masked_linear
 from subnet_kernels.backends.base import AdamW
-from subnet_kernels.masks import as_kind
+from subnet_kernels.masks import Bernoulli, Gumbel, as_kind
 from subnet_kernels.rounding import round_to_bf16, rounding_bits
 from tests.kernels import cuda_on_host
 
@@ -452,3 +452,46 @@ def test_numbers_that_do_not_fit_the_entries_are_refused_before_anything_changes
             [None] * num, BETA, BETA, SIGMOID, numbers if num == 1 else [*numbers, *numbers],
         )  # fmt: skip
     assert all(torch.equal(state.scores, old) for state, old in zip(states, before, strict=True))
+
+
+# --- sampled masks ---------------------------------------------------------------------------------------------------
+
+
+def test_sampled_masks_are_plain_pytorchs_to_the_bit_and_their_gradients_within_the_bound(cuda):
+    checks = list(gpu_sampled.checks("cpu", 3, cuda))
+    assert len(checks) == 4 + 9 + 9
+    assert {name: ratio for name, ratio in checks if not ratio <= 1} == {}
+    assert min(ratio for name, ratio in checks if "gradients" in name) > 0.01  # it does measure
+
+
+def test_sampled_weights_are_rounded_to_the_nearest(cuda):
+    weight, kind = randn((5, 21), 0), Bernoulli(samples=2).at(torch.tensor([3, 4]))
+    kept = torch.full(weight.shape, 65535, dtype=torch.int32).to(torch.uint16)
+    for dtype in DTYPES:
+        out = torch.full((2, 5, 21), float("nan"), dtype=dtype)
+        cuda.sampled_weights(weight, weight, kept, BETA, kind, out)
+        assert torch.equal(out, weight.to(dtype).expand(2, 5, 21))
+
+
+def test_sampled_layers_on_the_backend_have_the_references_outputs_and_gradients(cuda, monkeypatch):
+    x, weight, scores = (randn(shape, i).requires_grad_() for i, shape in enumerate(((8, 19), (5, 19), (5, 19))))
+    key, kind, made = torch.tensor([4, 2]), Gumbel(0.5, samples=2), {}
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", cuda)
+    for name in ("reference", "cuda"):
+        out, penalty = masked_linear(x, weight, scores, 2.0, kind=kind, key=key, backend=name)
+        made[name] = [out, penalty, *torch.autograd.grad((out * out).sum() + penalty, (x, weight, scores))]
+    for ours, theirs in zip(made["cuda"], made["reference"], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_sampled_calls_that_do_not_fit_are_refused_in_words(cuda):
+    weight, kind = randn((4, 8), 0), Gumbel(samples=2).at(torch.tensor([3, 4]))
+    thresholds = torch.zeros(4, 8, dtype=torch.int32).to(torch.uint16)
+    for match, given in {
+        "out must be contiguous with 64 elements, got shape .4, 8.": (thresholds, kind, torch.empty(4, 8)),
+        "thresholds must be contiguous and of weight's shape": (thresholds.t(), kind, torch.empty(2, 4, 8)),
+        "numbered below 2.32, got 2 from 4294967295": (thresholds, Gumbel(samples=2, sample=2**32 - 1).at(kind.key),
+                                                         torch.empty(2, 4, 8)),
+    }.items():  # fmt: skip
+        with pytest.raises(RuntimeError, match=match):
+            cuda.sampled_weights(weight, weight, given[0], BETA, *given[1:])

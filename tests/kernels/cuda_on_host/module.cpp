@@ -8,6 +8,7 @@
 #include "cuda/masked_linear.cu"
 #include "cuda/pack_mask.cu"
 #include "cuda/random.cu"
+#include "cuda/sampled.cu"
 #include "gemm_on_host.h"
 
 STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
@@ -20,6 +21,7 @@ STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
   m.def("grad_scores_of_many(Tensor[] grad_w_effs, Tensor[] grad_penalties, Tensor[] weights, Tensor[] scores,"
         " Tensor beta, int kind, Tensor(a!)[] grad_scores) -> ()");
   m.def("random_bits(Tensor seed, Tensor offset, int first_sample, Tensor(a!) out) -> ()");
+  m.def("keep_thresholds(Tensor scores, Tensor beta, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
 }
