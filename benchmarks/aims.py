@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .rows import Row, aligned
 
 WIDTH = 150  # characters a line of the short table
-ROW_LIMIT = 26
+ROW_LIMIT = 22
 COLUMNS = ("eager", "compile", "compile_max", "linear", "finetune", "finetune_amp", "mm")
 
 
@@ -57,6 +57,11 @@ AIMS = (
     Aim("score_gradient_4096x11008_m4096_bf16", "forward", "x_mm", 0.85),
     Aim(f"mask_adamw_{4096 * 11008}", "step", "ceiling_fraction", 0.85, "ours_cuda_fp32"),
     Aim("score_gradient_4096x11008_m4096_bf16", "forward", "x_mm", 0.9, "ours_sm90_bf16_wide"),
+    Aim("gumbel8_768x3072_m10240_bf16", "forward", "x_eager", 8),
+    Aim("gumbel8_768x3072_m10240_bf16", "forward", "x_linear", 0.85),
+    Aim("gumbel8_768x3072_m10240_bf16", "step", "x_eager", 5),
+    Aim("gumbel8_768x3072_m10240_bf16", "step", "x_compile", 2),
+    Aim("gumbel8_768x3072_m10240_bf16", "step", "x_linear", 0.8),
 )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from subnet_kernels.dispatch import BACKENDS
 
-from . import cases, gpu_correctness, gpu_cuda, gpu_masks
+from . import cases, gpu_correctness, gpu_cuda, gpu_masks, gpu_sampled
 from .models import MODEL_CASES, make_trainers, run_model
 from .rows import ROOT, Row
 from .runner import Settings, free_memory, run_kernel, run_layer
@@ -67,6 +67,10 @@ def correctness(check: Check) -> None:
         check.take(gpu_cuda.cuda_checks(check.device, check.seed))
         check.take(gpu_cuda.layer_checks(check.device, check.seed))
         check.take(gpu_masks.checks(check.device, check.seed, BACKENDS["cuda"]))
+    for name in ("cuda", "triton"):
+        check.say(f"  sampled masks on {name}")
+        check.take(gpu_sampled.checks(check.device, check.seed, BACKENDS[name]))
+        check.take(gpu_sampled.graph_check(check.device, check.seed, BACKENDS[name]))
     check.say("  cuda backend's products")
     check.take(gpu_correctness.cuda_score_gradient_checks(check.seed))
     check.take(gpu_correctness.cuda_few_rows_checks(check.seed))
@@ -283,6 +287,19 @@ def masks(check: Check) -> None:
         check.save()
 
 
+def sampled(check: Check) -> None:
+    """Eight Gumbel masks in a linear layer: its training step beside eager and compiled masks and a layer without mask;
+    then the passes over memory alone."""
+    is_gpu = check.device == "cuda"
+    case = cases.LayerCase((768, 3072), (10240, 3072), "bf16") if is_gpu else TINY_SAMPLED
+    settings = _settings(check, *(("compile",) if is_gpu else ()))
+    _time_each(check, [(case, lambda: gpu_sampled.run_layer(case, settings, check.ceilings))])
+    backends = tuple(BACKENDS[name] for name in (("cuda", "triton") if is_gpu else ("cpu",)))
+    n, k = case.weight_shape
+    check.rows += gpu_sampled.run_passes(n, k, settings, check.ceilings, backends)
+    check.save()
+
+
 def bulk(check: Check) -> None:
     """The arithmetic network in bulk: transfer runs in a stack against one at a time, discoveries against one."""
     from . import discovery_bulk, transfer  # the experiment's libraries, which no other part needs
@@ -336,6 +353,7 @@ def more(check: Check) -> None:
     _layers(check, rest, replace(steps, baselines=("eager", "compile")))
 
 
+TINY_SAMPLED = cases.LayerCase((24, 40), (32, 40), "bf16")
 TINY_LINEAR = cases.LayerCase((40, 24), (16, 24), "bf16")
 DRY_TIMING = TimingConfig(num_rounds=3, min_rounds=3, budget_s=0.5)
 
@@ -358,6 +376,7 @@ PARTS = (
     Part("ceilings", ceilings, 10, 30),
     Part("optimizer", optimizer, 15, 40),
     Part("masks", masks, 15, 60),
+    Part("sampled", sampled, 20, 90),
     Part("bulk", bulk, 20, 120),
     Part("score_gradient", score_gradient, 15, 60),
     Part("linear", linear, 20, 130),
@@ -377,6 +396,7 @@ def sanitizer_script(seed: int) -> int:
         *gpu_correctness.effective_weights_checks("cuda", "cuda", seed),
         *gpu_cuda.cuda_checks("cuda", seed),
         *gpu_masks.checks("cuda", seed, BACKENDS["cuda"], ((33, 131), (0, 5))),
+        *gpu_sampled.checks("cuda", seed, BACKENDS["cuda"], large=()),
         *gpu_correctness.cuda_score_gradient_checks(seed, is_large=False),
         *gpu_correctness.triton_checks("cuda", seed, is_large=False, dtypes=("bf16",)),
         *gpu_correctness.step_checks("cuda", seed, is_large=False, dtypes=("bf16",)),

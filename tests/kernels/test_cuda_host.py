@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_cuda, gpu_masks, gpu_sampled
+from benchmarks.cases import LayerCase
 from subnet_kernels import dispatch, masked_linear
 from subnet_kernels.backends.base import AdamW
 from subnet_kernels.masks import Bernoulli, Gumbel, as_kind
@@ -495,3 +496,9 @@ def test_sampled_calls_that_do_not_fit_are_refused_in_words(cuda):
     }.items():  # fmt: skip
         with pytest.raises(RuntimeError, match=match):
             cuda.sampled_weights(weight, weight, given[0], BETA, *given[1:])
+
+
+def test_the_check_of_the_timed_layer_sees_masks_of_another_step():
+    layer = gpu_sampled.OursTogether(LayerCase((24, 40), (16, 40), "bf16").build())
+    assert 0 < gpu_sampled.gate(layer, layer.kind) <= 1
+    assert gpu_sampled.gate(layer, layer.kind.at(torch.tensor([1, 1]))) > 4
