@@ -414,6 +414,19 @@ Tensor unpack_mask(const Tensor& packed, int64_t num) {
   return mask;
 }
 
+void packed_weight(const Tensor& weight, const Tensor& packed, const Tensor& out) {
+  const OnGpu on("packed_weight", weight);
+  on.check("packed", packed);
+  subnet::PackedWeight params{};
+  params.num = weight.numel();
+  const View from = dense_view(on, "weight", weight, params.num), to = dense_view(on, "out", out, params.num);
+  check_disjoint(on.op, to, from);
+  params.weight = from.data, params.weight_dtype = from.dtype;
+  params.out = to.data, params.out_dtype = to.dtype;
+  params.packed = packed_bytes_of(on.op, packed, params.num);
+  on.run([&](int device, void* stream) { return subnet::launch_packed_weight(params, device, stream); });
+}
+
 // ---- masked_linear, few rows of x
 
 void masked_linear_few_rows(const Tensor& x_, const Tensor& weight_, const Tensor& scores_, const Tensor& beta,
@@ -481,4 +494,5 @@ STABLE_TORCH_LIBRARY_IMPL(SUBNET_GPU_OPS, SUBNET_GPU_KEY, m) {
   m.impl("sampled_grad_scores_of_all", TORCH_BOX(&sampled_grad_scores_of_all));
   m.impl("pack_mask", TORCH_BOX(&pack_mask));
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
+  m.impl("packed_weight", TORCH_BOX(&packed_weight));
 }

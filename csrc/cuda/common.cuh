@@ -117,6 +117,47 @@ __device__ __forceinline__ void store(void* to, Dtype dtype, int64_t at, const f
   store_raw(to, dtype, at, to_raw(from, dtype));
 }
 
+// The k-th of eight 16-bit values, two a word.
+__device__ __forceinline__ uint32_t half_of(const uint32_t* words, int k) {
+  return words[k / 2] >> (k % 2 * 16) & 0xffffu;
+}
+
+// Whether all of these (null counts as well) begin at a multiple of 16 bytes.
+template <class... Pointer>
+__device__ __forceinline__ bool are_aligned(const Pointer*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
+}
+
+// Eight neighbours wherever they lie, or the first `count` of them: at once where they can be.
+__device__ __forceinline__ bool is_whole(const void* memory, Dtype dtype, int64_t at, int count) {
+  return count == 8 && are_aligned(static_cast<const char*>(memory) + (dtype == Dtype::float32 ? 4 : 2) * at);
+}
+
+// As they lie in memory; 0 beyond count.
+__device__ __forceinline__ Raw<8> load_eight(const void* from, Dtype dtype, int64_t at, int count) {
+  if (is_whole(from, dtype, at, count)) return load_raw<8>(from, dtype, at);
+  Raw<8> raw{};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const uint32_t word = k < count ? load_raw<1>(from, dtype, at + k).word[0] : 0;
+    raw.word[dtype == Dtype::float32 ? k : k / 2] |= dtype == Dtype::float32 ? word : word << (k % 2 * 16);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void load_eight(const void* from, Dtype dtype, int64_t at, int count, float (&to)[8]) {
+  to_floats(load_eight(from, dtype, at, count), dtype, to);
+}
+
+__device__ __forceinline__ void store_eight(void* to, Dtype dtype, int64_t at, int count, const Raw<8>& raw) {
+  if (is_whole(to, dtype, at, count)) return store_raw(to, dtype, at, raw);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const Raw<1> one{{dtype == Dtype::float32 ? raw.word[k] : half_of(raw.word, k)}};
+    if (k < count) store_raw(to, dtype, at + k, one);
+  }
+}
+
 // ---- walk
 
 // What a thread block works on: the elements from kCudaBlock*chunk on of a tensor.
@@ -146,12 +187,6 @@ __device__ __forceinline__ Share share_of(const CudaBlocks<kMost>& blocks, const
   const int64_t first = place.chunk * kCudaBlock;
   const int64_t left = blocks.num[place.tensor] - first;
   return {first, (int)(left < kCudaBlock ? left : kCudaBlock)};
-}
-
-// Whether all of these (null counts as well) begin at a multiple of 16 bytes.
-template <class... Pointer>
-__device__ __forceinline__ bool are_aligned(const Pointer*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
 }
 
 // body(Width<N>, at) for N elements from `at` on, over all of the share; N = 1 for a rest and where not is_aligned.

@@ -169,6 +169,7 @@ const char* launch_sampled_grad_scores(const CudaSampledGradScores& params, int 
 
 const char* launch_pack_mask(const PackMask& params, int device, void* stream);
 const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream);
+const char* launch_packed_weight(const PackedWeight& params, int device, void* stream);
 
 // out = x (weight * m)^T + bias and sum(m), kind sigmoid, for few rows of x: the effective weight stays in registers.
 struct CudaMaskedLinear {

@@ -2,6 +2,8 @@
 //
 //   pack_mask_kernel     one thread per byte; reads 8 bytes of mask, writes 1
 //   unpack_mask_kernel   one thread per byte; reads 1, writes 8
+//   packed_weight_kernel out = weight where its bit is set, else 0. One thread per byte: reads it and eight weights (4 or
+//                        2 B/element) once, writes eight (4 or 2 B)
 #include "common.cuh"
 
 namespace subnet {
@@ -40,12 +42,29 @@ __global__ void __launch_bounds__(kThreads) unpack_mask_kernel(const __grid_cons
   }
 }
 
+__global__ void __launch_bounds__(kThreads) packed_weight_kernel(const __grid_constant__ PackedWeight p) {
+  const int64_t byte = byte_of_thread();
+  const int64_t left = p.num - 8 * byte;
+  if (left <= 0) return;
+  const int count = left < 8 ? (int)left : 8;
+  const uint32_t packed = p.packed[byte];
+  float w[8];
+  load_eight(p.weight, p.weight_dtype, 8 * byte, count, w);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) w[k] *= packed >> k & 1 ? 1.0f : 0.0f;
+  store_eight(p.out, p.out_dtype, 8 * byte, count, to_raw(w, p.out_dtype));
+}
+
 int64_t blocks_for(int64_t num) { return ((num + 7) / 8 + kThreads - 1) / kThreads; }
 
 }  // namespace
 
 const char* launch_pack_mask(const PackMask& params, int device, void* stream) {
   return launch_on(device, [&] { enqueue(pack_mask_kernel, blocks_for(params.num), params, stream); });
+}
+
+const char* launch_packed_weight(const PackedWeight& params, int device, void* stream) {
+  return launch_on(device, [&] { enqueue(packed_weight_kernel, blocks_for(params.num), params, stream); });
 }
 
 const char* launch_unpack_mask(const UnpackMask& params, int device, void* stream) {

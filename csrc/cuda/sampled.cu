@@ -36,42 +36,11 @@ __device__ __forceinline__ Eight eight_of_thread(const CudaSampledMasks& masks) 
   return {row, group, (int64_t)row * masks.columns + 8 * group, left < 8 ? (int)left : 8};
 }
 
-__device__ __forceinline__ uint32_t half_of(const uint32_t* words, int k) { return words[k / 2] >> (k % 2 * 16) & 0xffffu; }
-
 __device__ __forceinline__ Philox<ScalarWords>::Block draw_eight(const CudaSampledMasks& masks, const Eight& eight,
                                                                  int mask) {
   const auto seed = (uint64_t)masks.key[0];
   return Philox<ScalarWords>::draw({{eight.row, eight.group, masks.first_sample + mask, (uint32_t)masks.key[1]}},
                                    (uint32_t)seed, (uint32_t)(seed >> 32));
-}
-
-__device__ __forceinline__ bool is_whole(const void* memory, Dtype dtype, int64_t at, int count) {
-  return count == 8 && are_aligned(static_cast<const char*>(memory) + (dtype == Dtype::float32 ? 4 : 2) * at);
-}
-
-// As they lie in memory; 0 beyond count.
-__device__ __forceinline__ Raw<8> load_eight(const void* from, Dtype dtype, int64_t at, int count) {
-  if (is_whole(from, dtype, at, count)) return load_raw<8>(from, dtype, at);
-  Raw<8> raw{};
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const uint32_t word = k < count ? load_raw<1>(from, dtype, at + k).word[0] : 0;
-    raw.word[dtype == Dtype::float32 ? k : k / 2] |= dtype == Dtype::float32 ? word : word << (k % 2 * 16);
-  }
-  return raw;
-}
-
-__device__ __forceinline__ void load_eight(const void* from, Dtype dtype, int64_t at, int count, float (&to)[8]) {
-  to_floats(load_eight(from, dtype, at, count), dtype, to);
-}
-
-__device__ __forceinline__ void store_eight(void* to, Dtype dtype, int64_t at, int count, const Raw<8>& raw) {
-  if (is_whole(to, dtype, at, count)) return store_raw(to, dtype, at, raw);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const Raw<1> one{{dtype == Dtype::float32 ? raw.word[k] : half_of(raw.word, k)}};
-    if (k < count) store_raw(to, dtype, at + k, one);
-  }
 }
 
 __global__ void __launch_bounds__(kThreads) keep_thresholds_kernel(const __grid_constant__ CudaKeepThresholds p) {

@@ -347,6 +347,18 @@ def test_packed_masks_are_those_of_the_python_definition(cuda, num):
     assert torch.equal(cuda.ops.unpack_mask(offset(wanted), num), mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num", [0, 1, 7, 8, 2049, 30011])
+def test_packed_weights_are_the_weights_whose_bits_are_set(cuda, num, dtype):
+    weight, mask = randn((num,), num), torch.rand(num, generator=torch.Generator().manual_seed(num)) < 0.3
+    packed = cuda.ops.pack_mask(mask)
+    for given in (weight, offset(weight)):
+        memory = torch.full((num + 1,), float("nan"), dtype=dtype)
+        for out in (memory[:num], memory[1:]):
+            cuda.ops.packed_weight(given, packed, out)
+            assert torch.equal(out, (weight * mask).to(dtype))
+
+
 # --- what host and device share --------------------------------------------------------------------------------------
 
 

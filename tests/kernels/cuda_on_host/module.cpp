@@ -23,5 +23,6 @@ STABLE_TORCH_LIBRARY(subnet_on_host, m) {  // those of binding.cpp
   m.def("random_bits(Tensor seed, Tensor offset, int first_sample, Tensor(a!) out) -> ()");
   m.def("keep_thresholds(Tensor scores, Tensor beta, Tensor(a!) out) -> ()");
   m.def("pack_mask(Tensor mask) -> Tensor");
+  m.def("packed_weight(Tensor weight, Tensor packed, Tensor(a!) out) -> ()");
   m.def("unpack_mask(Tensor packed, int num) -> Tensor");
 }
