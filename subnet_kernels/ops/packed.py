@@ -16,7 +16,7 @@ _BLOCK = 1 << 18  # weights of a block, which with its masked copy fits a core's
 
 def packed_weight(weight: Tensor, packed: Tensor, out: Tensor) -> None:
     """out = weight where its bit is set, else 0; contiguous, alike in shape."""
-    if native.serves(weight) and weight.dtype != torch.float64 and weight.device.type == "cpu":
+    if native.serves(weight) and weight.dtype != torch.float64:
         torch.ops.subnet_native.packed_weight(weight, packed, out)
     else:
         torch.mul(weight, unpack_mask(packed, tuple(weight.shape)), out=out)
