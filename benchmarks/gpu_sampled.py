@@ -28,6 +28,7 @@ from .contenders import Contender, Plain, Skipped, check_capturable
 from .gpu_cuda import DTYPES, Check, Inputs, equal_error, worst_ratio
 from .rows import Row
 from .runner import PHASES, Settings, free_memory, in_mode, make_row, set_floor
+from .sampled import eager_gumbel
 from .timing import time_interleaved
 
 SHAPES = ((1,), (13,), (7, 1), (1, 15), (33, 131), (48, 64), (6, 4, 3, 3), (0, 5), (3, 0))
@@ -180,16 +181,13 @@ class Gumbel8(Contender):
 
 
 class EagerGumbel(Gumbel8):
-    """Csordas's lines: two uniforms and three logarithms per weight and mask, all masks in memory, one bmm."""
+    """eager_gumbel: all masks in memory, one batched product."""
 
     name = "eager"
 
     def forward(self) -> tuple[Tensor, Tensor]:
         logits = self.beta * self.trained
-        u = torch.rand(2, NUM_MASKS, *self.weight.shape, device=self.weight.device)
-        noise = -torch.log(torch.log(u[1] + 1e-10) / torch.log(u[0] + 1e-10) + 1e-10)
-        soft = torch.sigmoid(logits + noise)
-        mask = ((soft > 0.5).float() - soft).detach() + soft
+        mask = eager_gumbel(logits, NUM_MASKS)
         return linear_of_masks(self.x, (self.weight * mask).to(self.x.dtype), self.bias, False), logits.sum()
 
 

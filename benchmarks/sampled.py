@@ -29,6 +29,14 @@ LAM, LR = 1e-6, 1e-2
 COLUMNS = ["case", "contender", "ms", "p20_ms", "p80_ms", "x_eager", "kept_mb", "gate"]
 
 
+def eager_gumbel(logits: Tensor, samples: int) -> Tensor:
+    """Masks [samples, ...] by Csordas's lines, straight through: two uniforms and three logarithms for each entry."""
+    u = torch.rand(2, samples, *logits.shape, device=logits.device)
+    noise = -torch.log(torch.log(u[1] + 1e-10) / torch.log(u[0] + 1e-10) + 1e-10)
+    soft = torch.sigmoid(logits + noise)
+    return ((soft > 0.5).float() - soft).detach() + soft
+
+
 class Sampled:
     """One layer with its data: [size, size], ``samples`` masks for ``batch`` rows."""
 
@@ -46,11 +54,8 @@ class Sampled:
 
     def eager(self) -> Tensor:
         """The loss by the authors' formula."""
-        scores, eps = self.scores["eager"], 1e-10
-        u = torch.rand(2, self.samples, *self.weight.shape, device=self.weight.device)
-        noise = -torch.log(torch.log(u[1] + eps) / torch.log(u[0] + eps) + eps)
-        y = torch.sigmoid(scores + noise)
-        masks = ((y > 0.5).float() - y).detach() + y
+        scores = self.scores["eager"]
+        masks = eager_gumbel(scores, self.samples)
         parts = self.x.view(self.samples, -1, self.x.shape[1])
         return torch.bmm(parts, (self.weight * masks).transpose(1, 2)).square().mean() + LAM * scores.sum()
 
