@@ -43,7 +43,7 @@ class BulkRun:
 
     def __init__(
         self, masks: MaskSet, data: EpochData, objective: Callable[..., Tensor], config: DiscoveryConfig,
-        evaluate: Evaluate | None, callbacks: Sequence[Callback], random_state: RandomState,
+        evaluate: Evaluate | None, callbacks: Sequence[Callback], random_state: RandomState, method: str,
     ) -> None:
         self.masks, self.data, self.config, self.evaluate = masks, data, config, evaluate
         self.members = config.members()
@@ -55,7 +55,7 @@ class BulkRun:
         self.optimizer = _optimizer(masks, self.scores.stacks, self.members)
         self.passes = Passes(masks, self.scores.stacks, objective, config.members_at_once)
         keeps_scores = config.penalties is not None and len(config.penalties) > 1  # for Discoveries.at_density
-        self.records = [Record(masks, member, evaluate, callbacks, keeps_scores) for member in self.members]
+        self.records = [Record(masks, member, evaluate, callbacks, keeps_scores, method) for member in self.members]
         self.file = CheckpointFile(
             config, evaluate, masks, self.scores.stacks, self.optimizer, self.records, self.control
         )

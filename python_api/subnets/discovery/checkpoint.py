@@ -1,10 +1,11 @@
 """The checkpoint of a discovery: one safetensors file, replaced after every epoch, checked in full before it is used.
 
 Tensors by weight's name: ``scores/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>`` (scores' shape, in bulk with all
-members in front), and by member (0 if there is but one) and name ``best/0/<name>`` (the best hard mask so far, one bit
-per weight) and, where they are asked for later, ``best_scores/0/<name>``. Metadata (JSON): what it is a checkpoint of,
-histories, best epochs, the state of a control of lam, checksum. Random numbers need no place: every epoch seeds its own
-from (seed, epoch).
+members in front; with SGD ``momentum_buffer/<name>`` instead of the last two), and by member (0 if there is but one)
+and name ``best/0/<name>`` (the best hard mask so far, one bit per weight) and, where they are asked for later,
+``best_scores/0/<name>``. Metadata (JSON): what it is a checkpoint of, histories, best epochs, the state of a control of
+lam, the key of sampled masks, checksum. Other random numbers need no place: every epoch seeds its own from (seed,
+epoch).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class CheckpointFile:
         self.path = None if config.checkpoint is None else Path(config.checkpoint)
         self.masks, self.optimizer, self.records, self.control = masks, optimizer, records, control
         self.scores = scores
+        self.moments = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
         self.identity: dict[str, Any] = {}
         if self.path is not None:
             self.identity = identity(masks, {**config.record(), "has_evaluate": evaluate is not None})
@@ -72,8 +74,9 @@ class CheckpointFile:
         for name, scores in self.scores.items():
             moments = self.optimizer.state.get(scores, {})  # empty for scores that never had a gradient
             tensors[f"scores/{name}"] = scores.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = moments.get(moment, torch.zeros_like(scores))
+            for moment in self.moments:
+                kept = moments.get(moment)
+                tensors[f"{moment}/{name}"] = torch.zeros_like(scores) if kept is None else kept
             steps[name] = float(moments.get("step", 0))
         for i, record in enumerate(self.records):
             tensors.update({f"best/{i}/{name}": packed for name, packed in record.best_masks.items()})
@@ -83,6 +86,7 @@ class CheckpointFile:
             "format": FORMAT, "identity": self.identity, "beta": self.masks.beta, "steps": steps,
             "members": [{"history": record.history, "best": record.best} for record in self.records],
             "control": None if self.control is None else self.control.state(), "more": more or {},
+            "key": self.masks.state_dict()["key"],
         }  # fmt: skip
         text = json.dumps(state, allow_nan=False)
         save_tensors(self.path, tensors, {"state": text, "checksum": _checksum(text, tensors)})
@@ -105,11 +109,13 @@ class CheckpointFile:
             for name, scores in self.scores.items():
                 scores.copy_(tensors[f"scores/{name}"])
                 self.optimizer.state[scores] = {
-                    "step": _step_tensor(state["steps"][name], scores, self.optimizer),
-                    "exp_avg": torch.zeros_like(scores).copy_(tensors[f"exp_avg/{name}"]),
-                    "exp_avg_sq": torch.zeros_like(scores).copy_(tensors[f"exp_avg_sq/{name}"]),
+                    moment: torch.zeros_like(scores).copy_(tensors[f"{moment}/{name}"]) for moment in self.moments
                 }
-        self.masks.beta = state["beta"]
+                if isinstance(self.optimizer, torch.optim.AdamW):
+                    step = _step_tensor(state["steps"][name], scores, self.optimizer)
+                    self.optimizer.state[scores]["step"] = step
+        now = self.masks.state_dict()
+        self.masks.load_state_dict({**now, "beta": state["beta"], "key": state.get("key", now["key"])})
         if self.control is not None:
             self.control.restore(state["control"])
         return state["more"]

@@ -61,7 +61,7 @@ class DensityControl:
 def density_at_end(masks: MaskSet, beta_end: float) -> float:
     """The mean of the mask over all masked weights that these scores give at beta_end."""
     layers = masks.layers.values()
-    total = sum(float(la.kind.value(la.scores, beta_end).double().sum()) * la.weights_per_score for la in layers)
+    total = sum(float(la.kind.soft_value(la.scores, beta_end).double().sum()) * la.weights_per_score for la in layers)
     return total / max(sum(layer.weight.numel() for layer in layers), 1)
 
 
@@ -71,5 +71,5 @@ def density_control(config: DiscoveryConfig) -> DensityControl | None:
         return None
     members, kind = config.members(), as_kind(config.kind)
     inits = [torch.tensor(member.score_init, dtype=torch.float64) for member in members]
-    starts = [float(kind.value(init, config.beta_end)) for init in inits]
+    starts = [float(kind.soft_value(init, config.beta_end)) for init in inits]
     return DensityControl(config.target_density, config.epochs, [member.lam for member in members], starts)

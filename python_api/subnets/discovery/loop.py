@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..distributed import check_one_process
 from ..masking import MaskSet, mask_model
+from ..targets import find_targets
 from ..training.seeds import seed_for
 from .bar import Bar
 from .bulk import BulkRun
 from .checkpoint import CheckpointFile
-from .config import DiscoveryConfig
+from .config import GATES, DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import Batches, EpochData
-from .passes import check_loss, fill_missing_gradients
+from .passes import check_loss
+from .presets import Method, method_of
 from .random_state import RandomState
 from .record import Callback, Discovery, Evaluate, Record, lam_per_weight
 from .replay import ReplayedStep
+from .scores import ScoreOptimizer, draw_scores, reset_scores
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
-_DEFAULTS = DiscoveryConfig()
-
 
 def discover(
-    model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig = _DEFAULTS, *,
-    evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (), progress: bool | None = None,
+    model: nn.Module, batches: Batches, objective: Objective, config: DiscoveryConfig | None = None, *,
+    method: str | Method | None = None, evaluate: Evaluate | None = None, callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
 ) -> Discovery | Any:  # Any: Discoveries where config.is_bulk, without a cast at every call that is not
     """The subnet {s > 0} of ``model`` that serves ``objective``: trains one score per weight through
     ``weight * sigmoid(beta*s)`` on ``objective + lam * sum of the mask``, with growing beta and everything else frozen.
+    Other ways to train masks are had by ``method``; the subnet is then the final binary mask of its kind.
 
     ``model`` runs in eval mode meanwhile. Afterwards, also after an exception, it is what it was, bit for bit: modules,
     parameters, buffers, training modes, requires_grad. The caller's random state does not change either. Every step
@@ -48,7 +53,10 @@ def discover(
             is seeded by (seed, epoch); a generator of its own that lives on from epoch to epoch can't be restored, so
             derive it from the epoch.
         objective: (model, batch) -> 0-d loss. objectives.kl_to_unmasked needs no labels.
-        config: a :class:`DiscoveryConfig`.
+        config: a :class:`DiscoveryConfig`; None is its defaults, or with a method its authors' run.
+        method: how to train masks: a name of :data:`subnets.discovery.METHODS` ("csordas", "edge_popup", ...) or a
+            :class:`Method` with numbers of your own. It sets kind, initial scores, optimizer, penalty and beta; config
+            then says how long to train and what to mask, and leaves those alone. None: config says all.
         evaluate: model -> float, larger is better; called after every epoch without grad and with hard masks. The best
             epoch's masks are kept, the latest of equal ones; without it those of the last epoch.
         callbacks: each called as callback(row, masks) after every epoch, before the checkpoint is written; row is the
@@ -81,22 +89,33 @@ def discover(
         >>> [round(row["beta"], 2) for row in found.history]
         [1.0, 4.64, 21.54]
     """
+    name = "discover"
+    if method is not None:
+        chosen = method_of(method)
+        config, name = chosen.config(_checked(config)), chosen.name
+    config = _checked(config) or DiscoveryConfig()
     _check_arguments(model, objective, config, evaluate, callbacks)
     data = EpochData(batches, config)
     devices = {parameter.device for parameter in model.parameters()}
     with torch.inference_mode(False), torch.enable_grad(), _masked(model, config) as masks:
         state = RandomState(devices, data.generators())
         kind = BulkRun if config.is_bulk else _Run
-        run = kind(masks, data, objective, config, evaluate, callbacks, state)
-        total = None if data.num_steps is None else data.num_steps * config.epochs
+        run = kind(masks, data, objective, config, evaluate, callbacks, state, name)
+        total = None if data.num_steps is None else data.num_steps * config.num_epochs
         bar = Bar(total, run.steps_done, progress)
         try:
-            for epoch in range(run.epochs_done, config.epochs):
+            for epoch in range(run.epochs_done, config.num_epochs):
                 run.epoch(epoch, bar)
         finally:
             bar.close()
             run.forget_step()
         return run.result()
+
+
+def _checked(config: DiscoveryConfig | None) -> DiscoveryConfig | None:
+    if config is not None and not isinstance(config, DiscoveryConfig):
+        raise TypeError(f"discover: config must be a DiscoveryConfig, got {type(config).__name__}")
+    return config
 
 
 def _check_arguments(
@@ -111,8 +130,6 @@ def _check_arguments(
         raise TypeError(f"discover: model must be an nn.Module, got {type(model).__name__}")
     if not callable(objective):
         raise TypeError(f"discover: objective must be a function (model, batch) -> loss, got {objective!r}")
-    if not isinstance(config, DiscoveryConfig):
-        raise TypeError(f"discover: config must be a DiscoveryConfig, got {type(config).__name__}")
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"discover: evaluate must be a function model -> float, got {type(evaluate).__name__}")
     for callback in callbacks:
@@ -138,10 +155,13 @@ def _masked(model: nn.Module, config: DiscoveryConfig) -> Iterator[MaskSet]:
     """``model`` masked and in eval mode; what it was, after it."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    targets, unit = (config.targets, config.unit) if config.unit != GATES else (_with_gates(model, config), "weight")
     masks = mask_model(
-        model, config.targets, config.exclude, score_init=config.score_init, kind=config.kind, unit=config.unit
-    )
+        model, targets, config.exclude, score_init=config.score_init, kind=config.kind, unit=unit,
+        seed=seed_for(config.seed, "discover", "masks"),
+    )  # fmt: skip
     try:
+        draw_scores(masks, config)
         model.eval()
         yield masks
     finally:
@@ -154,24 +174,30 @@ def _masked(model: nn.Module, config: DiscoveryConfig) -> Iterator[MaskSet]:
                     buffer.copy_(before)
 
 
+def _with_gates(model: nn.Module, config: DiscoveryConfig) -> dict[Any, dict[str, Any]]:
+    """The targets of a config with unit "gates", each with its unit."""
+    found = find_targets(model, config.targets, config.exclude)
+    return {
+        re.escape(name): {"unit": "row" if isinstance(target.module, _ConvNd) else "column", **target.options}
+        for name, target in found.items()
+    }
+
+
 class _Run:
     """One discovery on its way."""
 
     def __init__(
         self, masks: MaskSet, data: EpochData, objective: Objective, config: DiscoveryConfig, evaluate: Evaluate | None,
-        callbacks: Sequence[Callback], random_state: RandomState,
+        callbacks: Sequence[Callback], random_state: RandomState, method: str,
     ) -> None:
         self.masks, self.data, self.objective, self.config = masks, data, objective, config
         self.random_state = random_state
         self.control = density_control(config)
-        self.optimizer = masks.adamw(
-            config.lr, weight_decay=config.weight_decay, lam=lam_per_weight(masks, config, config.lam),
-            capturable=config.cuda_graph,
-        )  # fmt: skip
-        self.step = ReplayedStep(self._step, masks, self.optimizer) if config.cuda_graph else self._step
-        self.record = Record(masks, config, evaluate, callbacks)
+        self.optimizer = ScoreOptimizer(masks, config, lam_per_weight(masks, config, config.lam))
+        self.step = ReplayedStep(self._step, masks, self.optimizer.torch) if config.cuda_graph else self._step
+        self.record = Record(masks, config, evaluate, callbacks, method=method)
         scores = {name: layer.scores for name, layer in masks.layers.items()}
-        self.file = CheckpointFile(config, evaluate, masks, scores, self.optimizer, [self.record], self.control)
+        self.file = CheckpointFile(config, evaluate, masks, scores, self.optimizer.torch, [self.record], self.control)
         self.file.load()
 
     @property
@@ -188,7 +214,7 @@ class _Run:
             self.random_state.seed(seed_for(self.config.seed, "discover", epoch))
             lam = None if self.control is None else self.control.lams[0]
             if lam is not None:
-                self.optimizer.param_groups[0]["lam"] = lam_per_weight(self.masks, self.config, lam)
+                self.optimizer.lam = lam_per_weight(self.masks, self.config, lam)
             losses = self._train(epoch, bar)
             self.data.check_count(epoch, len(losses))
             self.record.finish_epoch(epoch, torch.stack(losses), lam, {}, self.file.path)
@@ -199,11 +225,16 @@ class _Run:
     def _train(self, epoch: int, bar: Bar) -> list[Tensor]:
         config, masks = self.config, self.masks
         masks.model.eval()  # evaluate and callbacks may have left another mode
-        beta = masks.beta = config.beta(epoch, config.epochs)
+        of_round = epoch % config.epochs
+        if epoch and not of_round:
+            reset_scores(masks, config)
+            self.record.forget_best()
+        self.optimizer.begin_epoch(of_round)
+        beta = masks.beta = config.beta(of_round, config.epochs)
         losses: list[Tensor] = []
         for index, batch in enumerate(self.data.epoch(epoch)):
             if config.anneal == "step":
-                beta = masks.beta = self.data.beta(epoch, index)
+                beta = masks.beta = self.data.beta(of_round, index)
             losses.append(self.step(batch))
             bar.step(losses[-1], beta, masks)
         return losses
@@ -221,9 +252,7 @@ class _Run:
         check_loss(loss)
         with masks.batch_score_gradients() if masks.is_on_gpu else contextlib.nullcontext():
             loss.backward()
-        fill_missing_gradients(self.optimizer.param_groups[0]["params"])
         self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss.detach()
 
     def result(self) -> Discovery:

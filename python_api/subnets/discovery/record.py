@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subnet_kernels.masks import TopK
 from subnet_kernels.packing import pack_mask, unpack_mask
 
 from ..masking import MaskSet
@@ -33,7 +34,7 @@ class Discovery:
         history: one dict per epoch: epoch (from 0), step (optimizer steps done after it), loss (the objective's mean
             over the epoch, without penalty), beta (of its last step), density ({s > 0}) and undecided (fraction of
             masks between .01 and .99) at its end, score (of ``evaluate`` with hard masks, or None); with
-            target_density also lam, the epoch's.
+            target_density also lam, the epoch's; with rounds also round (from 0).
         best: the best epoch's dict.
     """
 
@@ -52,6 +53,7 @@ class Record:
     """Bookkeeping of one discovery; ``masks`` hold its scores whenever a method reads them.
 
     Attributes:
+        method: what a subnet's provenance says found it.
         history: finished epochs.  best: the best one's row.  best_masks: its packed masks by weight's name,
             on the CPU.
         best_scores: its scores by weight's name, where ``keeps_scores`` or the config's ``keep_ranks``.
@@ -59,10 +61,11 @@ class Record:
 
     def __init__(
         self, masks: MaskSet, config: DiscoveryConfig, evaluate: Evaluate | None, callbacks: Sequence[Callback],
-        keeps_scores: bool = False,
+        keeps_scores: bool = False, method: str = "discover",
     ) -> None:
         self.masks, self.config, self.evaluate, self.callbacks = masks, config, evaluate, callbacks
         self.keeps_scores = keeps_scores or config.keep_ranks
+        self.method = method
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.best_masks: dict[str, Tensor] = {}
@@ -86,6 +89,8 @@ class Record:
         }  # fmt: skip
         if self.config.target_density is not None:
             row["lam"] = lam
+        if self.config.rounds > 1:
+            row["round"] = epoch // self.config.epochs
         self.history.append(row)
         self._keep_if_best(row)
         for callback in self.callbacks:
@@ -110,6 +115,10 @@ class Record:
             score = self.evaluate(self.masks.model)
         return check_score(score, f"after epoch {epoch}")
 
+    def forget_best(self) -> None:
+        """A new round begins: the best epoch is to be one of its own."""
+        self.best = None
+
     def _keep_if_best(self, row: dict[str, Any]) -> None:
         if self.best is None or row["score"] is None or row["score"] >= self.best["score"]:
             self.best = dict(row)
@@ -124,13 +133,15 @@ class Record:
         weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         kept = {name: unpack_mask(packed, tuple(weights[name].shape)) for name, packed in self.best_masks.items()}
         provenance = provenance_of(
-            self.masks.model, method="discover", beta=self.best["beta"], lam=self.best.get("lam", self.config.lam),
+            self.masks.model, method=self.method, beta=self.best["beta"], lam=self.best.get("lam", self.config.lam),
             seed=self.config.seed, metrics={key: self.best[key] for key in _METRICS if self.best[key] is not None},
             config=self.config.record(), best=self.best,
         )  # fmt: skip
         subnet = Subnet(kept, provenance, base_hash=weights_hash(weights))
         if self.config.keep_ranks:
-            subnet = subnet.with_ranks(self.best_scores)
+            by_size = {name for name, layer in self.masks.layers.items() if isinstance(layer.kind, TopK)}
+            ranked = {name: its.abs() if name in by_size else its for name, its in self.best_scores.items()}
+            subnet = subnet.with_ranks(ranked)
         return Discovery(subnet, self.history, dict(self.best))
 
 
