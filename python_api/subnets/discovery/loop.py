@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..distributed import check_one_process
-from ..masking import MaskSet, mask_model
-from ..targets import find_targets
+from ..masking import MaskSet
 from ..training.seeds import seed_for
 from .bar import Bar
 from .bulk import BulkRun
 from .checkpoint import CheckpointFile
-from .config import GATES, DiscoveryConfig
+from .config import DiscoveryConfig
 from .control import density_at_end, density_control
 from .data import Batches, EpochData
 from .passes import check_loss
@@ -27,7 +24,7 @@ from .presets import Method, method_of
 from .random_state import RandomState
 from .record import Callback, Discovery, Evaluate, Record, lam_per_weight
 from .replay import ReplayedStep
-from .scores import ScoreOptimizer, draw_scores, reset_scores
+from .scores import ScoreOptimizer, mask_as_configured, reset_scores
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -155,13 +152,8 @@ def _masked(model: nn.Module, config: DiscoveryConfig) -> Iterator[MaskSet]:
     """``model`` masked and in eval mode; what it was, after it."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    targets, unit = (config.targets, config.unit) if config.unit != GATES else (_with_gates(model, config), "weight")
-    masks = mask_model(
-        model, targets, config.exclude, score_init=config.score_init, kind=config.kind, unit=unit,
-        seed=seed_for(config.seed, "discover", "masks"),
-    )  # fmt: skip
+    masks = mask_as_configured(model, config)
     try:
-        draw_scores(masks, config)
         model.eval()
         yield masks
     finally:
@@ -172,15 +164,6 @@ def _masked(model: nn.Module, config: DiscoveryConfig) -> Iterator[MaskSet]:
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):  # a buffer may be an expanded view, which can't be written
                     buffer.copy_(before)
-
-
-def _with_gates(model: nn.Module, config: DiscoveryConfig) -> dict[Any, dict[str, Any]]:
-    """The targets of a config with unit "gates", each with its unit."""
-    found = find_targets(model, config.targets, config.exclude)
-    return {
-        re.escape(name): {"unit": "row" if isinstance(target.module, _ConvNd) else "column", **target.options}
-        for name, target in found.items()
-    }
 
 
 class _Run:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from ..masking import MaskSet
-from ..nn.base import MaskedLayer
-from ..training.seeds import torch_generator
-from .config import DiscoveryConfig
+from ..masking import MaskSet, mask_model
+from ..targets import TargetsWithOptions, find_targets
+from ..training.seeds import seed_for, torch_generator
+from .config import GATES, DiscoveryConfig
 
 
 class ScoreOptimizer:
@@ -84,8 +86,32 @@ class ScoreOptimizer:
                 layer.scores.grad.add_(slope, alpha=self._lam * layer.weights_per_score)
 
 
+def mask_as_configured(model: nn.Module, config: DiscoveryConfig) -> MaskSet:
+    """mask_model with the config's targets, unit, kind, initial scores and seed."""
+    targets: TargetsWithOptions | None = config.targets
+    unit = config.unit
+    if unit == GATES:
+        found = find_targets(model, targets, config.exclude)
+        targets = {re.escape(name): {"unit": _gate_unit(its.module), **its.options} for name, its in found.items()}
+        unit = "weight"
+    masks = mask_model(
+        model, targets, config.exclude, score_init=config.score_init, kind=config.kind, unit=unit,
+        seed=seed_for(config.seed, "discover", "masks"),
+    )  # fmt: skip
+    try:
+        _draw_scores(masks, config)
+    except ValueError:
+        masks.unmask()
+        raise
+    return masks
+
+
+def _gate_unit(module: nn.Module) -> str:
+    return "row" if isinstance(module, _ConvNd) else "column"
+
+
 @torch.no_grad()
-def draw_scores(masks: MaskSet, config: DiscoveryConfig) -> None:
+def _draw_scores(masks: MaskSet, config: DiscoveryConfig) -> None:
     """Add what of the initial scores is drawn, on the CPU, from the config's seed and each weight's name.
 
     Raises:
@@ -97,7 +123,8 @@ def draw_scores(masks: MaskSet, config: DiscoveryConfig) -> None:
         generator = torch_generator(config.seed, "discover", "scores", name)
         drawn = torch.full(layer.scores.shape, config.score_init, dtype=torch.float64)
         if config.init == "kaiming_uniform":
-            bound = 1 / math.sqrt(_inputs_of_a_unit(name, layer))
+            inputs = inputs_of_a_unit(name, layer.weight, layer.passes_transposed)
+            bound = 1 / math.sqrt(max(inputs, 1))
             drawn += bound * (2 * torch.rand(drawn.shape, dtype=drawn.dtype, generator=generator) - 1)
         if config.score_init_std:
             drawn += config.score_init_std * torch.randn(drawn.shape, dtype=drawn.dtype, generator=generator)
@@ -106,15 +133,18 @@ def draw_scores(masks: MaskSet, config: DiscoveryConfig) -> None:
         layer.scores.copy_(drawn)
 
 
-def _inputs_of_a_unit(name: str, layer: MaskedLayer) -> int:
-    shape = tuple(layer.weight.shape)
-    if len(shape) < 2:
+def inputs_of_a_unit(name: str, weight: Tensor, inputs_first: bool) -> int:
+    """How many inputs a unit of this weight has: [N, K, ...], or with ``inputs_first`` [K, N].
+
+    Raises:
+        ValueError: a weight of one dimension has none.
+    """
+    if weight.dim() < 2:
         raise ValueError(
-            f"discover: init 'kaiming_uniform' needs the number of inputs of a unit, and {name} of shape {list(shape)} "
-            "has none; exclude it"
+            f"{name} of shape {list(weight.shape)} has no inputs per unit, which a kaiming initialisation needs; "
+            "exclude it"
         )
-    outputs = shape[1] if layer.passes_transposed else shape[0]
-    return layer.weight.numel() // outputs
+    return weight.numel() // max(weight.shape[1 if inputs_first else 0], 1)
 
 
 @torch.no_grad()
