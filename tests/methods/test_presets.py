@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from subnets.training.seeds import seed_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subnet_kernels import use_backend
 from subnet_kernels.masks import MOST_SAMPLES, HardConcrete, Sigmoid, Threshold, TopK
 from subnet_kernels.random import random_bits
 
@@ -75,7 +77,9 @@ class ByHand:
         self.mask, self.optimizer, self.rate, self.penalty, self.lam = mask, optimizer, rate, penalty, lam
         self.samples, self.after_step, self.clip = samples, after_step, clip
 
-    def run(self, scores: list[Tensor], rounds: int = 1, reset: Callable[[Tensor], Tensor] = torch.clone) -> list[Tensor]:
+    def run(
+        self, scores: list[Tensor], rounds: int = 1, reset: Callable[[Tensor], Tensor] = torch.clone
+    ) -> list[Tensor]:
         base = network()
         scores = [its.clone().requires_grad_(True) for its in scores]
         optimizer, step = self.optimizer(scores), 0
@@ -530,6 +534,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(method, tmp_path):
     assert_same_discovery(discover(network(), BATCHES, classify, config, method=method, evaluate=accuracy), whole)
 
 
+@EVERY
+def test_fp32_on_the_best_backend_and_on_the_reference_find_the_same(method):
+    batches = [(x.float(), y) for x, y in BATCHES]
+    found = []
+    for context in (contextlib.nullcontext(), use_backend("reference")):
+        with context:
+            found.append(discover(network().float(), batches, classify, DiscoveryConfig(epochs=2), method=method))
+    losses = [[row["loss"] for row in its.history] for its in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(torch.equal(mask, found[1].subnet.masks[name]) for name, mask in found[0].subnet.masks.items())
+
+
 @pytest.mark.parametrize("name", ["csordas", "hard_concrete", "edge_popup", "supermask"])
 def test_the_seed_decides_all_that_is_drawn(name):
     first, last, found = run_discover(name, seed=3)
@@ -560,6 +576,12 @@ def test_lepori_trains_several_members_in_one_run():
     assert all(torch.equal(mask, alone.subnet.masks[name]) for name, mask in runs[1].subnet.masks.items())
 
 
+def test_members_side_by_side_of_another_kind_are_refused_by_layer():
+    config = DiscoveryConfig(epochs=1, seeds=(0, 1), targets={"0": {}, "2": {"kind": TopK(0.5)}})
+    with pytest.raises(ValueError, match="side by side, targets have {'2.weight': 'topk'}; call discover once"):
+        discover(network(), BATCHES, classify, config)
+
+
 def test_ranks_of_edge_popup_go_by_size():
     config = DiscoveryConfig(epochs=2, keep_ranks=True)
     scores = []
@@ -581,7 +603,7 @@ def test_ranks_of_edge_popup_go_by_size():
 @pytest.mark.parametrize("make, message", [
     (lambda: Csordas(tau=0.0), "tau, the temperature, must be finite and > 0, got 0.0"),
     (lambda: HardConcreteGates(tau=-1.0), "tau, the temperature, must be finite and > 0, got -1.0"),
-    (lambda: EdgePopup(kept=0.0), r"kept, the fraction of the weights that stay, must be in \(0, 1\], got 0.0"),
+    (lambda: EdgePopup(kept=0.0), r"kind topk: kept, .* must be in \(0, 1\], got 0.0"),
     (lambda: EdgePopup(kept=1.5), r"must be in \(0, 1\], got 1.5"),
     (lambda: ContinuousSparsification(rounds=0), "rounds must be >= 1, got 0"),
     (lambda: ContinuousSparsification(reset="both"), r"reset must be one of \['paper', 'code'\], got 'both'"),

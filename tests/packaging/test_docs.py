@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = (
     "quickstart", "masking", "discovery", "subnets", "transfer", "neurosurgeon", "looking", "methods", "clustering",
-    "kinds", "protocols",
+    "kinds", "protocols", "mask_methods",
 )  # fmt: skip
 NEEDS = {"clustering.md": "sklearn"}  # pages that run where an optional package is installed
 RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]

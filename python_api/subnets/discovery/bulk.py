@@ -46,6 +46,7 @@ class BulkRun:
         evaluate: Evaluate | None, callbacks: Sequence[Callback], random_state: RandomState, method: str,
     ) -> None:
         self.masks, self.data, self.config, self.evaluate = masks, data, config, evaluate
+        _check_kinds(masks)
         self.members = config.members()
         self.seeds = tuple(dict.fromkeys(member.seed for member in self.members))
         self.seed_of = [self.seeds.index(member.seed) for member in self.members]  # members of a seed are neighbours
@@ -286,6 +287,15 @@ class MemberScores:
             kept += int(which(layer, scores).sum()) * layer.weights_per_score
             total += len(scores) * layer.weight.numel()
         return kept / max(total, 1)
+
+
+def _check_kinds(masks: MaskSet) -> None:
+    others = {name: layer.kind.name for name, layer in masks.layers.items() if layer.kind.name != "sigmoid"}
+    if others:
+        raise ValueError(
+            f"discover: seeds, penalties and score_inits train members of kind 'sigmoid' side by side, targets have "
+            f"{others}; call discover once for each member"
+        )
 
 
 def _optimizer(masks: MaskSet, scores: dict[str, nn.Parameter], members: Sequence[DiscoveryConfig]) -> MaskAdamW:

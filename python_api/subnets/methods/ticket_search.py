@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ def ticket_search(
             epoch are kept, without it the last ones.
 
     Raises:
-        ValueError: rewind_to is no epoch of a round; a setting of config that only `subnets.discover` has; a loss or
-            score is not finite; what mask_model refuses.
+        ValueError: rewind_to is no epoch of a round; a rate or decay out of range; a setting of config that only
+            `subnets.discover` has; a loss or score is not finite; what mask_model refuses.
         TypeError: method is another one.
 
     Source: Savarese, Silva, Maire, NeurIPS 2020 (arXiv 1912.04427).
@@ -97,6 +98,10 @@ def ticket_search(
         raise TypeError(f"{CALLER}: method must be a ContinuousSparsification, got {method!r}")
     config = method.config(config)
     _check(config, rewind_to)
+    if not 0 < weight_lr < math.inf:
+        raise ValueError(f"{CALLER}: weight_lr must be a finite number > 0, got {weight_lr!r}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{CALLER}: weight_decay must be a finite number >= 0, got {weight_decay!r}")
     data = EpochData(batches, config)
     with torch.inference_mode(False), torch.enable_grad(), borrowed(model, CALLER) as initial, \
             _masked(model, config) as masks:  # fmt: skip
