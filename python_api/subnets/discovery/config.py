@@ -85,10 +85,6 @@ class DiscoveryConfig:
             there: :mod:`subnets.discovery.control`. Rows of the history then have the epoch's "lam".
         keep_ranks: give the subnet the ranks of its weights by score, so that fractions of it can be planted
             (:meth:`subnets.Subnet.top`): a byte per kept weight, and meanwhile a copy of the best epoch's scores.
-
-    What other methods need; :mod:`subnets.discovery.presets` sets it. One discovery alone has it, without cuda_graph:
-    members side by side (seeds, penalties, score_inits) are of the kind "sigmoid" and use none of these.
-
         init: "constant": all scores begin at score_init; "kaiming_uniform": uniformly drawn around it, by at most
             1/sqrt(inputs of a unit), as torch draws a linear layer's weight.
         score_init_std: standard deviation of normal noise on the initial scores.
@@ -102,6 +98,10 @@ class DiscoveryConfig:
         reset: what a score s becomes between rounds, with s0 = score_init: "paper" min(beta_end*s, s0), by which
             weights that were suppressed stay so; "code" min(s, s0), as the authors' code does because it sets beta to 1
             before: they get a second chance.
+
+    The settings from init on are what other methods need; :mod:`subnets.discovery.presets` sets them. One discovery
+    alone has them, without cuda_graph: members side by side (seeds, penalties, score_inits) are of the kind "sigmoid"
+    and use none.
 
     Raises:
         ValueError, TypeError: a value that is out of range or contradicts another.
