@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from subnets.experiments import knobs
 from subnets.experiments.arithmetic.data import DISAMBIGUATION_SIZES
@@ -29,6 +29,8 @@ INHERIT = ("unmasked", "none")
 @dataclass(frozen=True)
 class ArithmeticConfig(Experiment):
     """The exact recipe of the paper where nothing is changed; see `preset`."""
+
+    known_conditions: ClassVar[tuple[str, ...]] = CONDITIONS
 
     preset: str = knob("paper", "name of the preset these values started from")
     layers: tuple[int, ...] = knob((4,), "depths to run, e.g. 2,4,6")
@@ -85,9 +87,10 @@ class ArithmeticConfig(Experiment):
         for name in ("layers", "conditions", "sizes"):
             if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"ArithmeticConfig: {name} must list different values, got {getattr(self, name)}")
-        unknown = [name for name in self.conditions if name not in CONDITIONS]
+        unknown = [name for name in self.conditions if name not in self.known_conditions]
         if unknown:
-            raise ValueError(f"ArithmeticConfig: conditions must be among {', '.join(CONDITIONS)}, got {unknown}")
+            known = ", ".join(self.known_conditions)
+            raise ValueError(f"ArithmeticConfig: conditions must be among {known}, got {unknown}")
         if self.inherit not in INHERIT:
             raise ValueError(f"ArithmeticConfig: inherit must be 'unmasked' or 'none', got {self.inherit!r}")
         if self.device not in (None, "cpu", "cuda"):

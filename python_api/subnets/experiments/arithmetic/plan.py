@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from subnets.experiments.arithmetic.config import ArithmeticConfig
 from subnets.experiments.arithmetic.data import VOCABULARY
 from subnets.training.gpt2 import GPT2Shape
+
+Config = TypeVar("Config", bound=ArithmeticConfig)
 
 CPU_STACK = 12  # more members leave the caches: no faster per member
 GPU_STACK = 128  # by arithmetic enough to fill a GPU, and a checkpoint of 12 layers stays at some 5 GB
@@ -34,7 +37,7 @@ class Run:
         }  # fmt: skip
 
 
-def on_this_machine(config: ArithmeticConfig) -> ArithmeticConfig:
+def on_this_machine(config: Config) -> Config:
     """`config` with device and stack filled in, so that the run folder's config says what ran and plans alike anywhere.
 
     On a GPU a stack is bounded by half of its memory at the deepest network.

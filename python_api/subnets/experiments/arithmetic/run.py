@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from subnets.experiments.arithmetic.report import write_report
 from subnets.experiments.arithmetic.results import DepthResults, group_runs
 from subnets.experiments.arithmetic.stages import base_stages, discovery_stage, replicates
 from subnets.experiments.arithmetic.timing import StageTime, Times, seconds_left
-from subnets.experiments.arithmetic.transfers import stack_path, transfer_stage
+from subnets.experiments.arithmetic.transfers import build_members, stack_path, transfer_stage
 from subnets.report.page import duration
 from subnets.training.files import read_json, write_csv
 from subnets.training.run_folder import open_run_folder, read_config
@@ -42,7 +43,8 @@ def run(config: ArithmeticConfig, folder: Path, show: bool = False) -> str:
         depths = replicates(config, layers, place)
         sources = base_stages(depths, place, show)
         bases = [(source, discovery_stage(depth, source, show)) for depth, source in zip(depths, sources, strict=True)]
-        transfer_stage(config, layers, place, bases, lambda: time_left(config, folder), show)
+        build = partial(build_members, config, layers, bases)
+        transfer_stage(config, layers, place, build, lambda: time_left(config, folder), show)
     return report(folder)
 
 

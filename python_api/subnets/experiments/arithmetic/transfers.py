@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from subnets.experiments.arithmetic import data
-from subnets.experiments.arithmetic.conditions import FROZEN, planted_masks, starting_state
+from subnets.experiments.arithmetic.conditions import FROZEN, Masks, planted_masks, starting_state
 from subnets.experiments.arithmetic.config import ArithmeticConfig
 from subnets.experiments.arithmetic.plan import Run, sizes_of, transfer_stacks
 from subnets.experiments.arithmetic.stages import State, train
@@ -16,6 +16,8 @@ from subnets.subnet import Subnet
 from subnets.training.files import write_json
 from subnets.training.member_training import Member, MemberResult, Recipe
 from subnets.training.seeds import seed_for, torch_generator
+
+Built = tuple[list[Member], list[dict[str, Any]]]  # members, and the runs that can't be done with the reason
 
 
 def stack_path(folder: Path, index: int, runs: Sequence[Run]) -> Path:
@@ -27,11 +29,11 @@ def transfer_stage(
     config: ArithmeticConfig,
     layers: int,
     folder: Path,
-    bases: Sequence[tuple[State, Subnet]],
+    build: Callable[[Sequence[Run]], Built],
     time_left: Callable[[], str],
     show: bool = False,
 ) -> None:
-    """Trains every stack of one depth whose file is missing; `bases[r]` are the weights and the subnet of replicate r.
+    """Trains every stack of one depth whose file is missing; `build` makes the members of a stack's runs.
 
     `time_left()` says how long the whole config will take from here; it is shown before each stack.
     """
@@ -44,7 +46,7 @@ def transfer_stage(
         title = f"T2, {layers} layers, batch {index + 1} of {len(stacks)}: n={sizes_of(runs)}, {len(runs)} runs"
         if show:
             print(f"{title}; {time_left()}", file=sys.stderr)
-        members, skipped = build_members(config, layers, bases, runs)
+        members, skipped = build(runs)
         results: list[MemberResult] = []
         seconds: float | None = 0.0
         checkpoint = path.with_suffix(".checkpoint.safetensors")
@@ -61,8 +63,9 @@ def transfer_stage(
 
 def build_members(
     config: ArithmeticConfig, layers: int, bases: Sequence[tuple[State, Subnet]], runs: Sequence[Run]
-) -> tuple[list[Member], list[dict[str, Any]]]:
-    """The members of a stack, and the runs that can't be done with the reason (complement of a dense subnet)."""
+) -> Built:
+    """The members of a stack, and the runs that can't be done with the reason (complement of a dense subnet);
+    `bases[r]` are the weights and the subnet of replicate r."""
     members, skipped = [], []
     for run in runs:
         try:
@@ -75,11 +78,18 @@ def build_members(
 
 
 def _member(config: ArithmeticConfig, layers: int, source: State, subnet: Subnet, run: Run) -> Member:
-    """All conditions of one transfer seed share data, its order, dropout and fresh weights: they differ in planting."""
+    sampler = torch_generator(config.seed, "T2", run.seed, "sample", layers)
+    planted = planted_masks(run.condition, subnet, sampler)
+    return member(config, layers, source, planted, run, is_frozen=run.condition in FROZEN)
+
+
+def member(
+    config: ArithmeticConfig, layers: int, source: State, planted: Masks, run: Run, *, is_frozen: bool
+) -> Member:
+    """A network with the `planted` weights of `source`. All conditions of one transfer seed share data, its order,
+    dropout and fresh weights: they differ in planting."""
     stream = (config.seed, "T2", run.seed)
     stream_seed = seed_for(*stream)
-    sampler = torch_generator(*stream, "sample", layers)
-    planted = planted_masks(run.condition, subnet, sampler)
     init = torch_generator(*stream, "init", layers)
     shape = config.shape(layers)
     return Member(
@@ -89,7 +99,7 @@ def _member(config: ArithmeticConfig, layers: int, source: State, subnet: Subnet
         data.held_out_set(data.T2, "validation", stream_seed, config.num_held_out),
         data.held_out_set(data.T2, "test", stream_seed, config.num_held_out),
         stream,
-        planted if run.condition in FROZEN else {},
+        planted if is_frozen else {},
     )
 
 
