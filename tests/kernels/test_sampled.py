@@ -114,6 +114,15 @@ def test_edge_popup_by_hand():
         assert mask(torch.randn(n), 1.0, kind=TopK(kept)).sum() == n - int((1 - kept) * n)
 
 
+@pytest.mark.parametrize("kept", [0.01, 0.2, 0.5, 0.9, 1.0])
+def test_topk_drops_the_first_of_equal_scores(kept: float) -> None:
+    for scores in (torch.tensor([2.0, -1, 1, 0, 2, -2, 1]), torch.zeros(3, 4), torch.randn(40, 25).mul(2).round()):
+        sizes = scores.abs().flatten()
+        expected = torch.ones_like(sizes)
+        expected[sizes.sort(stable=True).indices[: int((1 - kept) * sizes.numel())]] = 0
+        assert torch.equal(mask(scores, 1.0, kind=TopK(kept)).flatten(), expected)
+
+
 def test_piggyback_by_hand():
     w, r = torch.tensor([[2.0, -3.0]]), torch.tensor([[6e-3, 5e-3]], requires_grad=True)
     out, penalty = masked_linear(torch.tensor([[5.0, 7.0]]), w, r, 1.0, kind="threshold")
