@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "arithmetic": "subnets.experiments.arithmetic.command",
     "arithmetic-sensitivity": "subnets.experiments.arithmetic.sensitivity",
     "arithmetic-stability": "subnets.experiments.arithmetic.stability",
+    "methods": "subnets.experiments.methods.command",
     "vision": "subnets.experiments.vision.command",
 }
 
