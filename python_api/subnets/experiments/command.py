@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 EXPERIMENTS = {
+    "addmul": "subnets.experiments.addmul.command",
     "arithmetic": "subnets.experiments.arithmetic.command",
     "arithmetic-sensitivity": "subnets.experiments.arithmetic.sensitivity",
     "arithmetic-stability": "subnets.experiments.arithmetic.stability",
@@ -22,7 +23,10 @@ EXPERIMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `subnets run`."""
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
-    presets = "quick (minutes), standard (default); arithmetic: paper (exact); vision: imagenet (exact), cue-conflict"
+    presets = (
+        "quick (minutes), standard (default); arithmetic: paper (exact); vision: imagenet (exact), cue-conflict; "
+        "addmul: quick (default), official (exact)"
+    )
     parser.add_argument("--preset", default=None, help=presets)
     changes = "change one value of the config; may be repeated; `--set help` lists the keys"
     parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help=changes)
@@ -31,12 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the experiment; its module has KNOBS text, a default preset and `main(preset, overrides, out, show)`."""
+    """Runs the experiment; its module has `knobs()`, `main(preset, overrides, out, show)`, and DEFAULT_PRESET if that
+    is not "standard"."""
     module = importlib.import_module(EXPERIMENTS[args.experiment])
     if "help" in args.sets:
         print(module.knobs())
         return 0
-    preset = args.preset or "standard"
+    preset = args.preset or getattr(module, "DEFAULT_PRESET", "standard")
     out = args.out or Path("runs") / f"{args.experiment}-{preset}"
     print(module.main(preset, parse_sets(args.sets), out, not args.quiet))
     sys.stdout.flush()
