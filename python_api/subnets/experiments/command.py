@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "arithmetic": "subnets.experiments.arithmetic.command",
     "arithmetic-sensitivity": "subnets.experiments.arithmetic.sensitivity",
     "arithmetic-stability": "subnets.experiments.arithmetic.stability",
+    "digits": "subnets.experiments.digits.command",
     "methods": "subnets.experiments.methods.command",
     "vision": "subnets.experiments.vision.command",
 }
