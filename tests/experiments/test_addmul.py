@@ -181,7 +181,7 @@ def test_masks_leave_the_base_network_as_it_is_and_biases_unmasked(tmp_path):
 # --------------------------------------------------------------------------- verdict
 
 
-def found(keeps, destroys, hidden):
+def found(keeps, destroys, hidden, problem="add_mul"):
     """Two subnets of a network 4-4-4-4 whose ends are alike; of the hidden layer they share `hidden` weights of 8."""
     ends = torch.ones(4, 4, dtype=torch.bool)
     places = torch.arange(16).view(4, 4)
@@ -191,7 +191,7 @@ def found(keeps, destroys, hidden):
         "whole": {"add": 1.0, "mul": 1.0}, "ablated": {}, "confusion": {},
         "subnet": {"add": {"add": keeps, "mul": destroys}, "mul": {"add": destroys, "mul": keeps}},
     }  # fmt: skip
-    return Found("add_mul", "csordas", {"add": Subnet(first), "mul": Subnet(second)}, {}, measures)
+    return Found(problem, "csordas", {"add": Subnet(first), "mul": Subnet(second)}, {}, measures)
 
 
 def test_the_verdict_names_each_part_of_the_pattern_that_is_missing():
@@ -199,3 +199,9 @@ def test_the_verdict_names_each_part_of_the_pattern_that_is_missing():
     assert len(failures(found(KEEPS - 0.01, 0.01, hidden=2))) == 3
     assert "above 0.1" in failures(found(1.0, 0.2, hidden=2))[0]
     assert "not above twice" in failures(found(1.0, 0.01, hidden=8))[0]
+
+
+def test_copied_weights_must_be_shared_in_the_hidden_layers():
+    assert failures(found(1.0, 0.01, hidden=8, problem="double_addition_copied")) == []
+    said = failures(found(1.0, 0.01, hidden=6, problem="double_addition_copied"))
+    assert said == ["of the hidden weights only 0.75 are shared, though both sums need the same"]

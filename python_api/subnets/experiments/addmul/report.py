@@ -18,6 +18,7 @@ from subnets.subnet import Subnet
 from subnets.training.files import write_csv, write_text
 
 KEEPS, DESTROYS = 0.99, 0.10  # a mask does its function at least so well, and others at most
+SHARED = 0.9  # of the hidden weights, where both functions provably use the same
 ACCURACY_COLUMNS = ("problem", "method", "mask", "part", "function", "accuracy")
 WEIGHT_COLUMNS = (
     "problem", "method", "subnet", "parameter", "weights", "kept", "density", "of_full", "shared", "shared_by_chance",
@@ -90,6 +91,10 @@ def failures(found: Found) -> list[str]:
             wrong.append("IoU of the first and last layer is not above twice that of the hidden ones")
         if not found.size_ratio() > 1.5:
             wrong.append(f"multiplication takes only {found.size_ratio():.2f} times the weights of addition")
+    if found.problem == "double_addition_copied":
+        shared = Overlap.total(hidden_and_ends(found.overlaps)[0]).io_min()
+        if shared < SHARED:
+            wrong.append(f"of the hidden weights only {shared:.2f} are shared, though both sums need the same")
     return wrong
 
 
