@@ -50,6 +50,15 @@ def test_variants_move_a_pixel_where_they_say():
         images.variant("left")
 
 
+def test_standardized_pixels_are_scaled_by_the_training_images_alone():
+    x = torch.zeros(3, 64)
+    x[:, 5] = torch.tensor([1.0, 2.0, 3.0])  # mean 2, deviation 1; all other pixels are constant
+    train, other = data.Images(x, torch.zeros(3)), data.Images(torch.full((1, 64), 5.0), torch.zeros(1))
+    parts = data.standardized((train, other, train))
+    assert parts[0].x[:, 5].tolist() == [-1, 0, 1] and parts[1].x[0, 5] == 3
+    assert float(parts[1].x.sum()) == 3
+
+
 def test_batches_go_through_all_rows_before_any_comes_again():
     batches = list(shuffled(10, 5, 5, 0))
     assert [len(rows) for rows in batches] == [5] * 5

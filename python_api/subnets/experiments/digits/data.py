@@ -69,6 +69,14 @@ def splits(seed: int) -> tuple[Images, Images, Images]:
     return train, validation, test
 
 
+def standardized(parts: tuple[Images, Images, Images]) -> tuple[Images, Images, Images]:
+    """The same images, each pixel with mean 0 and deviation 1 over the training images; constant pixels are 0."""
+    mean, deviation = parts[0].x.mean(0), parts[0].x.std(0)
+    scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+    train, validation, test = (Images((part.x - mean) * scale, part.y) for part in parts)
+    return train, validation, test
+
+
 def loss(model: nn.Module, images: Images) -> Tensor:
     """Cross entropy, averaged over the images."""
     return F.cross_entropy(model(images.x), images.y)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from subnets.experiments.digits.config import DigitsConfig
-from subnets.experiments.digits.data import Images, evaluate, loss, splits
+from subnets.experiments.digits.data import Images, evaluate, loss, splits, standardized
 from subnets.experiments.digits.parts import Facts, Part, Summary, Units
 from subnets.experiments.mlp import mlp, train_steps
 from subnets.methods import PruningConfig, iterative_magnitude_pruning
@@ -57,7 +57,7 @@ def units(config: DigitsConfig) -> Units:
 
 
 def _seed(config: DigitsConfig, seed: int) -> Facts:
-    parts, model = splits(seed), glorot(seed, "ticket")
+    parts, model = standardized(splits(seed)), glorot(seed, "ticket")
     pruning = PruningConfig.preset("lottery_ticket", config.ticket_levels[-1])
     tickets = iterative_magnitude_pruning(model, lambda model: train(model, config, seed, parts), pruning)
     levels = {str(row["level"]): {"density": row["density"], "ticket": row["trained"]} for row in tickets.history}
