@@ -76,6 +76,10 @@ class MaskKind:
         """How sure a mask is: its value, or, where that is sampled, the probability that it is not 0."""
         return self.value(scores, beta)
 
+    def rank(self, scores: Tensor) -> Tensor:
+        """What a subnet's weights are ranked by: the larger, the sooner it is kept."""
+        return scores
+
     def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
         """The mask m of each score: scores' shape and dtype."""
         raise NotImplementedError
@@ -179,6 +183,9 @@ class TopK(MaskKind):
     def hard(self) -> MaskKind:
         return self
 
+    def rank(self, scores: Tensor) -> Tensor:
+        return scores.abs()
+
     def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
         sizes = scores.detach().abs().flatten()
         num_dropped = int((1 - self.kept) * sizes.numel())
@@ -232,8 +239,11 @@ class SampledKind(MaskKind):
     key: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", int(self.samples))  # op schemas carry floats
-        object.__setattr__(self, "sample", int(self.sample))
+        for name in ("samples", "sample"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value != int(value):
+                raise ValueError(f"kind {self.name}: {name} must be an int, got {value!r}")
+            object.__setattr__(self, name, int(value))  # op schemas carry floats
         if not 1 <= self.samples <= MOST_SAMPLES:
             raise ValueError(f"kind {self.name}: samples must be from 1 to {MOST_SAMPLES}, got {self.samples}")
         if self.sample < 0:
@@ -270,8 +280,9 @@ class SampledKind(MaskKind):
 
 
 def _check_tau(name: str, tau: float) -> None:
-    if not 0 < tau < math.inf:  # math.isfinite would break a compiled graph
-        raise ValueError(f"kind {name}: tau, the temperature, must be finite and > 0, got {tau}")
+    # math.isfinite would break a compiled graph
+    if not isinstance(tau, (int, float)) or not 1e-6 <= tau < math.inf:
+        raise ValueError(f"kind {name}: tau, the temperature, must be finite and > 0 (1e-6 at least), got {tau!r}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from subnet_kernels.dispatch import choose_for
 from subnet_kernels.masks import MOST_SAMPLES, MaskKind, as_kind, expand_scores
 from subnet_kernels.ops.checks import check_beta_value
 from subnet_kernels.ops.effective_weight import effective_weight, effective_weights_raw
+from subnet_kernels.ops.sampled import choose_sampled
 from subnet_kernels.optim import MaskAdamW
 from subnet_kernels.shards import is_sharded, whole
 
@@ -97,6 +98,8 @@ def mask_model(
         raise TypeError(f"mask_model: model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(score_init, (int, float)) or not math.isfinite(score_init):
         raise ValueError(f"mask_model: score_init must be finite, got {score_init!r}")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"mask_model: seed must be an int of 64 bits, got {seed!r}")
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]:
         raise ValueError(
             f"mask_model: the model is masked already (first masked layer: {masked[0] or 'the model itself'}); use "
@@ -194,8 +197,11 @@ def masks_of(model: nn.Module) -> MaskSet:
                 f"masks_of: the masked layers disagree: beta {float(first.beta)} and {float(other.beta)}, hard "
                 f"{first.is_hard} and {other.is_hard}; set them alike first"
             )
-    for i, layer in enumerate(layers.values()):
-        layer._state, layer._first_sample = first, i * MOST_SAMPLES
+    if len({layer._first_sample for layer in layers.values()}) < len(layers):  # else a part of a model keeps its draws
+        for i, layer in enumerate(layers.values()):
+            layer._first_sample = i * MOST_SAMPLES
+    for layer in layers.values():
+        layer._state = first
         layer._bind_scores()
     masks = MaskSet(model, layers, first)
     take_up_shards(masks)
@@ -450,8 +456,10 @@ class MaskSet:
             )
         known = provenance_of(self.model, beta=self.beta) | {"undecided": round(undecided, 6)}
         subnet = Subnet(self.kept(), known | provenance, base_hash=base_hash)
-        scores = WholeTensors({name: layer.scores.detach() for name, layer in self.layers.items()})
-        return subnet.with_ranks(scores) if ranks else subnet
+        if not ranks:
+            return subnet
+        scores = {name: layer.kind.rank(layer.scores.detach()) for name, layer in self.layers.items()}
+        return subnet.with_ranks(WholeTensors(scores))
 
     def print_trainable_parameters(self) -> None:
         """Print how many scores train, of how many parameters."""
@@ -604,9 +612,9 @@ class MaskSet:
             raise ValueError(f"MaskSet.load_state_dict: misses {sorted(missing)}")
         beta = check_beta_value("MaskSet.load_state_dict", float(state["beta"]))
         schedule = None if state["schedule"] is None else _read_schedule(state["schedule"], self._state.beta.device)
-        seed, step = state.get("key", (0, 0))
+        key = _read_key(state.get("key", self._state.key.tolist()))
         self._state.is_hard = bool(state["is_hard"])
-        self._state.key.copy_(torch.tensor([int(seed), int(step)]))
+        self._state.key.copy_(key)
         now = self._state.schedule
         if schedule is not None and now is not None:
             before, count = now.count, schedule.count
@@ -659,6 +667,13 @@ class PenaltyCollection:
         return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
 
 
+def _read_key(key: Any) -> Tensor:
+    is_good = isinstance(key, (list, tuple)) and len(key) == 2
+    if not is_good or not all(type(part) is int and -(2**63) <= part < 2**63 for part in key):
+        raise ValueError(f"MaskSet.load_state_dict: key must be [seed, step], two ints of 64 bits, got {key!r}")
+    return torch.tensor(key, dtype=torch.int64)
+
+
 def _read_schedule(values: Mapping[str, Any], device: torch.device) -> Schedule:
     values = dict(values)
     on_device = bool(values.pop("on_device", False))
@@ -682,8 +697,11 @@ def _outputs_first(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
 
 
 def backend_of(layer: MaskedLayer, dtype: torch.dtype) -> Backend:
-    """The backend that serves a layer's forward pass in that dtype."""
-    return choose_for(layer.op, layer.weight, layer.scores, layer.current_kind.name, dtype, layer.plan)
+    """The backend that serves a layer's forward pass in that dtype; of sampled masks the one that draws."""
+    kind = layer.current_kind
+    if kind.is_sampled:
+        return choose_sampled(layer.weight, layer.scores, kind.name, dtype, None)
+    return choose_for(layer.op, layer.weight, layer.scores, kind.name, dtype, layer.plan)
 
 
 def _penalty_of(layer: MaskedLayer) -> Tensor:

@@ -29,8 +29,8 @@ def packed_linear(
     exists at a time. For evaluation: there is no gradient.
 
     Args:
-        x: [T*B, ..., K] in weight's dtype: mask t serves the t-th B of the first dimension; or [B, ..., K] with
-            ``shared_input``, which all masks see.
+        x: [T*B, ..., K] in weight's dtype (autocast casts both): mask t serves the t-th B of the first dimension; or
+            [B, ..., K] with ``shared_input``, which all masks see.
         weight: [N, K].
         packed: uint8 [T, ceil(N*K/8)], each row what ``pack_mask`` gives for a bool [N, K].
         bias: [N] or None.
@@ -55,6 +55,12 @@ def packed_linear(
     for name, tensor in (("x", x), ("weight", weight), ("packed", packed)):
         checks.check_tensor(op, name, tensor)
     checks.check_float_dtype(op, "weight", weight)
+    cast_to = checks.autocast_dtype(x)
+    if cast_to is not None:
+        x, weight = checks.cast_for_autocast(x, cast_to), checks.cast_for_autocast(weight, cast_to)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = checks.cast_for_autocast(bias, cast_to)
+            return packed_linear(x, weight, packed, bias, shared_input=shared_input)
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: needs weight [N, K] and x [T*B, ..., K], got {checks.shape_of(weight)} and {checks.shape_of(x)}"

@@ -43,7 +43,7 @@ def check_key(op: str, kind: MaskKind, key: Tensor | None, scores: Tensor) -> Ma
         raise TypeError(f"{op}: key must be an int64 tensor [seed, step], got {got}")
     if key.device != scores.device:
         raise ValueError(f"{op}: key must be on the scores' device {scores.device}, got {key.device}")
-    return kind.at(key)
+    return kind.at(key.contiguous())
 
 
 def check_one_mask(op: str, kind: MaskKind) -> None:

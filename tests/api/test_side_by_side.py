@@ -52,7 +52,49 @@ def test_a_transformer_of_transformers():
             torch.testing.assert_close(part, net(input_ids=tokens).logits)
 
 
+def test_layers_whose_weight_torch_reads_itself():
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 4, 8)
+    subnets = subnets_of(net, ["linear1.weight"], 2)
+    for part, subnet in zip(outputs_of(net, subnets, x), subnets, strict=True):
+        with subnet.applied(net), torch.no_grad():
+            torch.testing.assert_close(part, net(x))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_tied_weights_have_one_mask_and_autocast_casts():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(3, 6)
+    net[2].weight = net[0].weight
+    subnets = subnets_of(net, ["0.weight"], 2)
+    for context, allowed in ((torch.autocast("cpu", enabled=False), 1e-6), (torch.autocast("cpu"), 0.02)):
+        with context:
+            together = outputs_of(net, subnets, x)
+        for part, subnet in zip(together, subnets, strict=True):
+            with subnet.applied(net), torch.no_grad(), context:
+                alone = net(x)
+            assert part.dtype == alone.dtype and (part - alone).abs().max() <= allowed
+
+
 def test_what_it_refuses():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(x.transpose(0, 1)).transpose(0, 1)
+
+    rows = torch.randn(5, 2, 4)
+    with pytest.raises(ValueError, match=r"a\.weight must see the batch \(10 rows side by side\) in its first"):
+        outputs_of(SequenceFirst(), subnets_of(SequenceFirst(), ["a.weight"], 2), rows)
+    plain = SequenceFirst()
+    plain.forward = lambda x: plain.a(x)
+    with pytest.raises(ValueError, match=r"unused\.weight was never called in this pass"):
+        outputs_of(plain, subnets_of(plain, ["a.weight", "unused.weight"], 2), rows)
+    with pytest.raises(TypeError, match="subnets must be Subnets, got str"):
+        outputs_of(plain, ["a"], rows)
+
     net, x, scale = Net(), torch.randn(5, 3, 6, 6), torch.rand(5, 1)
     with pytest.raises(ValueError, match="at least one subnet"):
         outputs_of(net, [], x, scale)

@@ -287,7 +287,7 @@ def test_explain_says_who_draws():
 
 
 BAD = [
-    (lambda: Gumbel(0.0), ValueError, "tau, the temperature, must be finite and > 0, got 0.0"),
+    (lambda: Gumbel(0.0), ValueError, r"tau, the temperature, must be finite and > 0 \(1e-6 at least\), got 0.0"),
     (lambda: Gumbel(math.nan), ValueError, "tau, the temperature"),
     (lambda: HardConcrete(-1.0), ValueError, "tau, the temperature"),
     (lambda: HardConcrete(gamma=0.1), ValueError, "gamma < 0 and zeta > 1"),

@@ -601,8 +601,8 @@ def test_ranks_of_edge_popup_go_by_size():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Csordas(tau=0.0), "tau, the temperature, must be finite and > 0, got 0.0"),
-    (lambda: HardConcreteGates(tau=-1.0), "tau, the temperature, must be finite and > 0, got -1.0"),
+    (lambda: Csordas(tau=0.0), "tau, the temperature, must be finite and > 0 .1e-6 at least., got 0.0"),
+    (lambda: HardConcreteGates(tau=-1.0), "tau, the temperature, must be finite and > 0 .1e-6 at least., got -1.0"),
     (lambda: EdgePopup(kept=0.0), r"kind topk: kept, .* must be in \(0, 1\], got 0.0"),
     (lambda: EdgePopup(kept=1.5), r"must be in \(0, 1\], got 1.5"),
     (lambda: ContinuousSparsification(rounds=0), "rounds must be >= 1, got 0"),

@@ -224,6 +224,11 @@ class DiscoveryConfig:
 
     def _check_method(self) -> None:
         """The settings of other methods."""
+        options = self.targets.values() if isinstance(self.targets, dict) else ()
+        if self.rounds > 1 and any("score_init" in each for each in options if isinstance(each, dict)):
+            raise ValueError(
+                "DiscoveryConfig: with several rounds scores go back to the one score_init; leave it out of targets"
+            )
         if self.score_range is not None:
             object.__setattr__(self, "score_range", _check_range(self.score_range))
         if self.optimizer is not None and not isinstance(self.optimizer, SGD):
@@ -266,7 +271,7 @@ class DiscoveryConfig:
             return self.lr
         if self.lr_schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-        return self.lr * 0.1 ** sum(epoch >= round(float(part) * self.epochs) for part in self.lr_schedule)
+        return self.lr * 0.1 ** sum(epoch >= max(1, round(float(part) * self.epochs)) for part in self.lr_schedule)
 
     @property
     def is_bulk(self) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subnet_kernels.masks import TopK
 from subnet_kernels.packing import pack_mask, unpack_mask
 
 from ..masking import MaskSet
@@ -139,8 +138,8 @@ class Record:
         )  # fmt: skip
         subnet = Subnet(kept, provenance, base_hash=weights_hash(weights))
         if self.config.keep_ranks:
-            by_size = {name for name, layer in self.masks.layers.items() if isinstance(layer.kind, TopK)}
-            ranked = {name: its.abs() if name in by_size else its for name, its in self.best_scores.items()}
+            kinds = {name: layer.kind for name, layer in self.masks.layers.items()}
+            ranked = {name: kinds[name].rank(its) for name, its in self.best_scores.items()}
             subnet = subnet.with_ranks(ranked)
         return Discovery(subnet, self.history, dict(self.best))
 

@@ -121,7 +121,7 @@ def _draw_scores(masks: MaskSet, config: DiscoveryConfig) -> None:
         return
     for name, layer in masks.layers.items():
         generator = torch_generator(config.seed, "discover", "scores", name)
-        drawn = torch.full(layer.scores.shape, config.score_init, dtype=torch.float64)
+        drawn = layer.scores.detach().to("cpu", torch.float64, copy=True)  # a target may have a start of its own
         if config.init == "kaiming_uniform":
             inputs = inputs_of_a_unit(name, layer.weight, layer.passes_transposed)
             bound = 1 / math.sqrt(max(inputs, 1))

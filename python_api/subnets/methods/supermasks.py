@@ -98,7 +98,7 @@ def _fraction(keep: float | Mapping[str, float], name: str) -> float:
     if isinstance(keep, Mapping) and name not in keep:
         raise ValueError(f"supermask: keep has no fraction for {name}, only for {listed(keep)}")
     fraction = keep[name] if isinstance(keep, Mapping) else keep
-    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(f"supermask: keep, the fraction of a layer that stays, must be in (0, 1], got {fraction!r}")
     return fraction
 

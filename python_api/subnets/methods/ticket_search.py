@@ -108,6 +108,8 @@ def ticket_search(
         base = dict(model.named_parameters()) | dict(model.named_buffers())
         base = {name: base[name] for name in initial}
         trained = [parameter for parameter in base.values() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"{CALLER}: no weight requires grad; use discover for masks over frozen ones")
         momentum = 0.9 if config.optimizer is None else config.optimizer.momentum
         weights = torch.optim.SGD(
             trained, weight_lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay

@@ -90,6 +90,10 @@ class MaskState:
         memo[id(self)] = copy
         return copy
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self).setdefault("key", _new_key(0, self.beta.device))  # pickled before there were sampled kinds
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "penalties": None, "is_disabled": False, "pending": PendingScoreGradients()}
 
@@ -98,7 +102,11 @@ def new_state(device: torch.device | str | None = None, seed: int = 0) -> MaskSt
     is_meta = device is not None and torch.device(device).type == "meta"  # beta always has a value
     device = "cpu" if is_meta else device
     beta = torch.ones((), dtype=torch.float32, device=device)
-    return MaskState(beta, torch.tensor([seed, 0], dtype=torch.int64, device=device))
+    return MaskState(beta, _new_key(seed, device))
+
+
+def _new_key(seed: int, device: torch.device | str | None) -> Tensor:
+    return torch.tensor([seed, 0], dtype=torch.int64, device=device)
 
 
 def unit_shape(unit: Unit, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
@@ -261,14 +269,19 @@ class MaskedLayer(nn.Module):
 
     def kept(self) -> Tensor:
         """The binary mask that is kept, bool, one value per score: {s > 0}, unless the kind says otherwise."""
-        scores = whole(self.scores.detach())
-        return self.kind.hard.value(scores, self._state.beta) > 0
+        return self._value(self.kind.hard, whole(self.scores.detach())) > 0
+
+    def _value(self, kind: MaskKind, scores: Tensor) -> Tensor:
+        """The mask as the forward pass makes it, in scores' layout: draws and ties go by places of the op's [N, K]."""
+        if not self.passes_transposed:
+            return kind.value(scores, self.beta)
+        return kind.value(scores.t(), self.beta).t()
 
     def mask(self) -> Tensor:
         """The mask in force, m = sigmoid(beta*s) or 1[s > 0], one value per weight (weight's shape, scores' dtype); the
         first of sampled ones."""
         with torch.no_grad():
-            return expand_scores(self.current_kind.value(self.scores, self.beta), tuple(self.weight.shape))
+            return expand_scores(self._value(self.current_kind, self.scores), tuple(self.weight.shape))
 
     @property
     def weights_per_score(self) -> int:

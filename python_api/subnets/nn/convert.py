@@ -84,7 +84,7 @@ def to_layer(layer: MaskedLayer, hard: bool) -> Any:
     """A new ordinary layer with the masked weight, on the same device and with the same flags."""
     kind = layer.kind.hard if hard else layer.current_kind
     with torch.no_grad():
-        m = expand_scores(kind.value(layer.scores, layer.beta), tuple(layer.weight.shape))
+        m = expand_scores(layer._value(kind, layer.scores), tuple(layer.weight.shape))
         masked = (layer.weight.to(m.dtype) * m).to(layer.weight.dtype)
     twin = _shallow_twin(layer)
     twin._parameters = {
