@@ -416,8 +416,11 @@ def as_kind(kind: str | MaskKind, params: list[float] | None = None, key: Tensor
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
     cls = KINDS[kind]
-    names = [each.name for each in fields(cls) if each.name != "key"]
-    made = cls(**dict(zip(names, params or ())))
+    if params:
+        names = [each.name for each in fields(cls) if each.name != "key"]
+        made = cls(**dict(zip(names, params)))
+    else:  # torch.compile can't look at a class's fields
+        made = cls()
     return made if key is None or not isinstance(made, SampledKind) else made.at(key)
 
 

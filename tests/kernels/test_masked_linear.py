@@ -284,7 +284,7 @@ X, W, S, B = torch.randn(3, 6), torch.randn(4, 6), torch.randn(4, 6), torch.rand
         ((X, W, S, torch.ones((), device="meta")), {}, ValueError, "beta must be on the scores' device"),
         ((X, W, S, 1.0, B[:3]), {}, ValueError, r"bias must have shape \[4\], got \[3\]"),
         ((X, W, S, 1.0, B.double()), {}, ValueError, "bias must have x's dtype"),
-        ((X, W, S, 1.0), {"kind": "soft"}, ValueError, r"kind must be one of \['hard', 'sigmoid'\], got 'soft'"),
+        ((X, W, S, 1.0), {"kind": "soft"}, ValueError, r"kind must be one of \['bernoulli', .*, got 'soft'"),
         ((X, W, S, 1.0), {"plan": "fast"}, ValueError, "plan must be 'cached', 'fused', 'recompute' or None"),
         ((X, W, S, 1.0), {"backend": "gpu"}, ValueError, "backend must be one of"),
         ((X, W, S, 1.0), {"backend": "cuda"}, sk.BackendRefused, "backend 'cuda' refused masked_linear: "),
