@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.base import SAMPLED, Backend, ConvArgs, as_matrix, linear_of_masks
 from ..dispatch import choose_for
-from ..masks import MaskKind, SampledKind, expand_scores, weights_per_score
+from ..masks import MaskKind, SampledKind, weights_per_score
 from .many_masks import conv2d_of_masks
 from .once import differentiable_once
 
@@ -103,9 +103,14 @@ def _penalty_gradient(
     return grad_scores
 
 
-def _weight_gradient(grad_w_eff: Tensor, weight: Tensor, scores: Tensor, beta: Tensor, kind: MaskKind) -> Tensor:
-    m = expand_scores(kind.value(scores, beta), tuple(weight.shape))
-    return (grad_w_eff.to(m.dtype) * m).to(weight.dtype)
+def _weight_gradient(
+    backend: Backend, grad_w_eff: Tensor, weight: Tensor, scores: Tensor, thresholds: Tensor | None, beta: Tensor,
+    kind: SampledKind,
+) -> Tensor:
+    """grad_w_eff * m, by the very decisions of the forward pass."""
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    backend.sampled_weight(grad_w_eff.contiguous(), scores, thresholds, beta, kind, grad_weight)
+    return grad_weight
 
 
 def sampled_effective_weight_backward(
@@ -120,8 +125,9 @@ def sampled_effective_weight_backward(
         if grad_scores is not None:
             backend.sampled_grad_scores_of_all_(grad_scores, parts, weight, scores, beta, kind)
         if needs_weight:
+            thresholds = backend.keep_thresholds(scores, beta, kind)
             for part, one in zip(parts.unbind(), kind.each(), strict=True):
-                made = _weight_gradient(part, weight, scores, beta, one)
+                made = _weight_gradient(backend, part, weight, scores, thresholds, beta, one)
                 grad_weight = made if grad_weight is None else grad_weight.add_(made)
     return grad_scores, grad_weight
 
@@ -184,7 +190,7 @@ class _Sampled(torch.autograd.Function):
                 if grad_scores is not None and grad_w_eff is not None:
                     backend.sampled_grad_scores_(grad_scores, grad_w_eff, weight, scores, beta, one)
                 if needs_weight and grad_w_eff is not None:
-                    made = _weight_gradient(grad_w_eff, weight, scores, beta, one)
+                    made = _weight_gradient(backend, grad_w_eff, weight, scores, thresholds, beta, one)
                     grad_weight = made if grad_weight is None else grad_weight.add_(made)
         total = None if not grad_x else grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
         return total, grad_weight, grad_scores, None, None, grad_bias, None, None, None, None
