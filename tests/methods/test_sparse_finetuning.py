@@ -292,9 +292,10 @@ def test_a_saved_difference_comes_back(tmp_path):
 
 def assert_same(left: SparseDifference, right: SparseDifference) -> None:
     assert left.changes.keys() == right.changes.keys()
-    for name, (shape, positions, its) in left.changes.items():
-        assert shape == right.changes[name].shape
-        assert torch.equal(positions, right.changes[name].positions) and torch.equal(its, right.changes[name].values)
+    for name, its in left.changes.items():
+        other = right.changes[name]
+        assert its.shape == other.shape
+        assert torch.equal(its.positions, other.positions) and torch.equal(its.values, other.values)
     assert_equal(left.dense, right.dense)
 
 

@@ -18,8 +18,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,7 +37,8 @@ SFT_FILE = "pytorch_diff.bin"
 _PREFIXES = ("positions:", "values:", "dense:")
 
 
-class Change(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Change:
     """What is added to one parameter.
 
     Attributes:
@@ -124,10 +126,10 @@ class SparseDifference:
     def subnet(self) -> Subnet:
         """Return the set of changed weights; its parameters are those of ``changes``."""
         masks = {}
-        for name, (shape, positions, _) in self.changes.items():
-            masks[name] = torch.zeros(math.prod(shape), dtype=torch.bool)
-            masks[name][positions] = True
-            masks[name] = masks[name].view(shape)
+        for name, change in self.changes.items():
+            masks[name] = torch.zeros(math.prod(change.shape), dtype=torch.bool)
+            masks[name][change.positions] = True
+            masks[name] = masks[name].view(change.shape)
         return Subnet(masks, self.provenance)
 
     def __add__(self, other: SparseDifference) -> SparseDifference:
@@ -214,10 +216,10 @@ class SparseDifference:
     @torch.no_grad()
     def _write(self, model: nn.Module, sign: int, dense: bool, caller: str) -> None:
         parameters = self._fitting(model, caller)
-        for name, (_, positions, values) in self.changes.items():
+        for name, change in self.changes.items():
             parameter = parameters[name].view(1) if parameters[name].ndim == 0 else parameters[name]
-            places = torch.unravel_index(positions.to(parameter.device), parameter.shape)
-            added = parameter[places] + sign * values.to(parameter.device)
+            places = torch.unravel_index(change.positions.to(parameter.device), parameter.shape)
+            added = parameter[places] + sign * change.values.to(parameter.device)
             parameter.index_put_(places, added.to(parameter.dtype))
         for name, tensor in self.dense.items() if dense else ():
             parameters[name].copy_(tensor)
@@ -319,7 +321,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _checked(name: str, change: Change) -> Change:
-    shape, positions, values = change
+    shape, positions, values = change.shape, change.positions, change.values
     if not isinstance(positions, Tensor) or not isinstance(values, Tensor):
         raise TypeError(f"SparseDifference: positions and values of {name!r} must be tensors")
     if positions.dtype != torch.int64 or positions.ndim != 1 or values.shape != positions.shape:
