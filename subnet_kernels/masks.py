@@ -160,6 +160,18 @@ class Threshold(MaskKind):
         return torch.zeros_like(scores)
 
 
+def is_among_highest(values: Tensor, kept: float) -> Tensor:
+    """Bool of values' shape: all but the ``int((1 - kept) * n)`` lowest; of equal ones the first go first."""
+    flat = values.flatten()
+    num_dropped = int((1 - kept) * flat.numel())
+    if num_dropped == 0:
+        return torch.ones_like(values, dtype=torch.bool)
+    last = flat.kthvalue(num_dropped).values  # a selection: a sort takes ten times as long
+    is_last = flat == last
+    is_kept = (flat > last) | (is_last & (is_last.cumsum(0) > num_dropped - (flat < last).sum()))
+    return is_kept.view(values.shape)
+
+
 @dataclass(frozen=True)
 class TopK(MaskKind):
     """m = 1 for the scores that are largest in size: all of a tensor but the ``int((1 - kept) * n)`` smallest; dm/ds =
@@ -187,14 +199,7 @@ class TopK(MaskKind):
         return scores.abs()
 
     def value(self, scores: Tensor, beta: Tensor | float) -> Tensor:
-        sizes = scores.detach().abs().flatten()
-        num_dropped = int((1 - self.kept) * sizes.numel())
-        if num_dropped == 0:
-            return torch.ones_like(scores)
-        last = sizes.kthvalue(num_dropped).values  # a selection: a sort takes ten times as long
-        is_last = sizes == last
-        is_kept = (sizes > last) | (is_last & (is_last.cumsum(0) > num_dropped - (sizes < last).sum()))
-        return is_kept.view(scores.shape).to(scores.dtype)
+        return is_among_highest(scores.detach().abs(), self.kept).to(scores.dtype)
 
     def slope(self, scores: Tensor, beta: Tensor | float) -> Tensor:
         return scores.sign()

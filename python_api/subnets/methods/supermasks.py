@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from subnet_kernels.masks import is_among_highest
+
 from ..discovery.scores import inputs_of_a_unit
 from ..nn.hf_conv1d import is_hf_conv1d
 from ..provenance import provenance_of
@@ -69,7 +71,7 @@ def supermask(
     masks, weights, values = {}, {}, {}
     for name in names:
         weight, final = initial.get_parameter(name).detach(), _final(finals, name, initial.get_parameter(name))
-        masks[name] = _highest(CRITERIA[criterion](weight, final), _fraction(keep, name))
+        masks[name] = is_among_highest(CRITERIA[criterion](weight, final), _fraction(keep, name))
         if criterion == "large_final_same_sign":
             masks[name] &= weight * final > 0
         if rescale:
@@ -101,14 +103,6 @@ def _fraction(keep: float | Mapping[str, float], name: str) -> float:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(f"supermask: keep, the fraction of a layer that stays, must be in (0, 1], got {fraction!r}")
     return fraction
-
-
-def _highest(scores: Tensor, fraction: float) -> Tensor:
-    """Bool: all but the ``int((1 - fraction) * n)`` lowest, of equal ones the first."""
-    order = scores.flatten().sort(stable=True).indices
-    kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[order[: int((1 - fraction) * scores.numel())]] = False
-    return kept.view(scores.shape)
 
 
 @torch.no_grad()
